@@ -1,0 +1,60 @@
+# Octant. `make` alone lists the targets.
+
+PYTHON ?= python3
+# `make setup PREBUILD=0` leaves DeepSpeed's CPU collectives unbuilt; they are also left out where there is no C++ compiler.
+PREBUILD ?= 1
+# More options for `make train`, as on the command line: make train ARGS="train.steps=20 zero=z0"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+CXX ?= c++
+
+# ninja is looked up on PATH; operators that DeepSpeed builds stay in the checkout.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train check test clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+
+setup: $(READY) ## install the pinned packages and Octant into .venv
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
+	  echo "Octant needs Python 3.11 or 3.12, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	@echo "setup: installing the pinned packages into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@if [ "$(PREBUILD)" = 0 ]; then echo "setup: DeepSpeed's CPU collectives not built (PREBUILD=0)"; \
+	elif ! command -v $(CXX) >/dev/null; then echo "setup: no C++ compiler, DeepSpeed's CPU collectives not built"; \
+	else echo "setup: building DeepSpeed's CPU collectives (about 80 s, once)"; \
+	  env -u DS_ACCELERATOR $(BIN)/python -m engine.runtime.prebuild || { \
+	    echo "setup: the build failed; 'make setup PREBUILD=0' goes on without it"; exit 1; }; fi
+	@touch $@
+
+train: $(READY) ## train a small GPT on 8 CPU ranks, PP2 x TP2 x DP2 (more options: ARGS="...")
+	@$(BIN)/python -m engine.train experiment=first_light run.overwrite=true $(ARGS)
+
+check: $(READY) ## lint, types, import rules, unit tests
+	@set -e; start=$$(date +%s); \
+	echo "check: ruff"; $(BIN)/ruff check --quiet --output-format concise .; $(BIN)/ruff format --check --quiet . || { \
+	  echo "Not formatted (mend with '$(BIN)/ruff format'):"; $(BIN)/ruff format --check .; exit 1; }; \
+	echo "check: mypy"; $(BIN)/mypy --no-error-summary; \
+	echo "check: imports"; $(BIN)/lint-imports --no-logo >$(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }; \
+	echo "check: unit tests"; $(BIN)/python -m pytest tests/unit -q; \
+	echo "check: all passed in $$(($$(date +%s) - start)) s"
+
+test: check ## check, then the tests that start ranks and the documentation's commands
+	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit
+
+clean: ## remove runs, caches and build results (ALL=1: .venv too)
+	@rm -rf runs multirun build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@find . \( -name .git -o -name $(VENV) \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@if [ "$(ALL)" = 1 ]; then rm -rf $(VENV); fi

@@ -1,0 +1,1 @@
+"""Weights on disk as logical tensors, independent of the layout that wrote them."""

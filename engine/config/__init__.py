@@ -1,0 +1,62 @@
+"""Typed configuration: `schema` and `enums` (what can be asked), `load` (argv to dataclasses), `rules` (what fits).
+
+Importing this package does not import Hydra; only `engine.config.load` does.
+"""
+
+from engine.config.enums import (
+    Activation,
+    Attention,
+    Balance,
+    Device,
+    DType,
+    Norm,
+    OptimizerName,
+    Positions,
+    ScheduleName,
+    Switch,
+    WandbMode,
+)
+from engine.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ProfileConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainingConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "Activation",
+    "Attention",
+    "Balance",
+    "CheckpointConfig",
+    "Config",
+    "DType",
+    "DataConfig",
+    "Device",
+    "KernelsConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "Norm",
+    "OptimConfig",
+    "OptimizerName",
+    "ParallelConfig",
+    "Positions",
+    "PrecisionConfig",
+    "ProfileConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "ScheduleName",
+    "Switch",
+    "TrainingConfig",
+    "WandbMode",
+    "ZeroConfig",
+]

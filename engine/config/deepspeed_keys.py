@@ -1,0 +1,60 @@
+"""Top-level keys of DeepSpeed 0.19's configuration. DeepSpeed itself ignores a misspelt one in silence."""
+
+from __future__ import annotations
+
+OWNED: dict[str, str] = {
+    "train_batch_size": "train.micro_batch and train.accum_steps",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.accum_steps",
+    "managed_gradient_accumulation": "train.accum_steps",
+    "gradient_clipping": "optim.clip_norm",
+    "zero_optimization": "zero.stage and zero.bucket_elements",
+    "zero_allow_untested_optimizer": "optim.name",
+    "zero_force_ds_cpu_optimizer": "optim.name",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "bf16": "precision.dtype",
+    "bfloat16": "precision.dtype",
+    "fp16": "precision.dtype",
+    "torch_autocast": "precision.dtype",
+    "data_types": "precision.grad_accum",
+    "steps_per_print": "logging.every",
+    "pipeline": "parallel.pp",
+    "tensor_parallel": "parallel.tp",
+    "use_data_before_expert_parallelism": "parallel.dp",
+    "compile": "kernels.compile",
+}
+"""Keys that Octant sets itself -> the option that sets them."""
+
+KNOWN: frozenset[str] = frozenset(OWNED) | {
+    "activation_checkpointing",
+    "aio",
+    "autotuning",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "data_efficiency",
+    "dataloader_drop_last",
+    "datastates_ckpt",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "expert_parallel",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "hybrid_engine",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "tensorboard",
+    "timers",
+    "vocabulary_size",
+    "wall_clock_breakdown",
+    "wandb",
+    "weight_quantization",
+}
+"""Every key that DeepSpeed reads."""

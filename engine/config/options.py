@@ -1,0 +1,115 @@
+"""What can be set: every option of the schema with its type, default and docstring."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import types
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from engine.config import schema
+from engine.config.schema import Config
+from engine.errors import nearest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One field of one section."""
+
+    path: str
+    """As typed on the command line, such as `model.num_layers`."""
+    kind: Any
+    """Type annotation."""
+    default: object
+    """Value when nobody sets it; `MISSING` when somebody must."""
+    doc: str
+    """Docstring of the field."""
+
+    @property
+    def words(self) -> str:
+        """The expected type in words, such as `an integer or null`."""
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+        inner = [kind for kind in _union(self.kind) if kind is not type(None)][0]
+        if inner in names:
+            text = names[inner]
+        elif isinstance(inner, type) and issubclass(inner, Enum):
+            text = f"one of {', '.join(inner.__members__)}"
+        else:
+            text = "a mapping"
+        return f"{text} or null" if type(None) in _union(self.kind) else text
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether keys below it are free."""
+        return typing.get_origin(self.kind) is dict
+
+
+def _union(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+@functools.cache
+def sections() -> dict[str, type[Any]]:
+    """Section name -> dataclass, in the order of the schema."""
+    return dict(typing.get_type_hints(Config))
+
+
+@functools.cache
+def options() -> dict[str, Option]:
+    """Path -> option, for every section in order."""
+    docs = _docstrings()
+    found = {}
+    for section, cls in sections().items():
+        kinds = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            path = f"{section}.{field.name}"
+            found[path] = Option(path, kinds[field.name], default, docs.get((cls.__name__, field.name), ""))
+    return found
+
+
+def find(path: str) -> Option | None:
+    """The option at `path`; a path below a mapping gives that mapping."""
+    known = options()
+    option = known.get(path) or known.get(".".join(path.split(".")[:2]))
+    return option if option and (option.path == path or option.is_mapping) else None
+
+
+def similar(path: str) -> str:
+    """Way out for a misspelt path: the same name in another section, or the nearest names where it was looked for."""
+    section, _, name = path.partition(".")
+    twins = [known for known in options() if known.split(".")[1] == (name or section)]
+    if twins:
+        return f"Use {' or '.join(twins)}"
+    if section in sections():
+        return nearest(name, (field.name for field in dataclasses.fields(sections()[section])))
+    return nearest(section, sections())
+
+
+def is_missing(option: Option) -> bool:
+    """Whether the option has no default."""
+    return bool(option.default == MISSING)
+
+
+@functools.cache
+def _docstrings() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string that follows the field in the source; Python itself does not keep it."""
+    found = {}
+    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found[node.name, field.target.id] = str(after.value.value)
+    return found

@@ -1,0 +1,255 @@
+"""The typed configuration: one dataclass per section, one docstring per field.
+
+Not frozen, because OmegaConf fills the fields one by one. `engine.config.load` is the only place that makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from engine.config.enums import (
+    Activation,
+    Attention,
+    Balance,
+    Device,
+    DType,
+    Norm,
+    OptimizerName,
+    Positions,
+    ScheduleName,
+    Switch,
+    WandbMode,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, pre-norm. GPT-2 and Llama are points in this space."""
+
+    name: str = MISSING
+    """Name of the preset, for logs and file names."""
+    num_layers: int = MISSING
+    """Transformer blocks."""
+    hidden_size: int = MISSING
+    """Width D of the residual stream."""
+    num_heads: int = MISSING
+    """Query heads N."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention). None: as many as query heads."""
+    head_dim: int | None = None
+    """Width H of one head. None: hidden_size / num_heads."""
+    ffn_size: int | None = None
+    """Inner width F of the feed-forward. None: 4 * hidden_size."""
+    vocab_size: int = MISSING
+    """Logical vocabulary V. Padding to a multiple of `vocab_multiple` * tp never reaches logits or loss."""
+    vocab_multiple: int = 64
+    """Rows of the embedding on one tensor-parallel rank are a multiple of this (GEMM tiles)."""
+    max_positions: int = MISSING
+    """Longest sequence the model accepts, tokens."""
+    positions: Positions = Positions.learned
+    rotary_base: float = 10000.0
+    """Base theta of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15)."""
+    norm: Norm = Norm.layernorm
+    norm_eps: float = 1e-5
+    activation: Activation = Activation.gelu_tanh
+    bias: bool = True
+    """Biases in linear layers and layer norms (RMSNorm has none)."""
+    tied_head: bool = True
+    """The output projection shares the token embedding's weight."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the embeddings and of each sublayer's output."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual projections are scaled by 1/sqrt(2 num_layers)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of the mesh axes, outermost first: pp, dp, tp."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    tp: int = 1
+    """Tensor-parallel ranks inside one stage."""
+    dp: int | None = None
+    """Data-parallel replicas. None: whatever the launcher gives, world_size / (pp * tp)."""
+    balance: Balance = Balance.parameters
+    """Cost that the pipeline stages share evenly."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ZeroConfig:
+    """ZeRO (arXiv 1910.02054): what the data-parallel replicas shard among them."""
+
+    stage: int = 1
+    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Pipelines allow 0 and 1."""
+    bucket_elements: int = 200_000_000
+    """Gradient elements reduced in one collective."""
+    overlap_comm: bool = True
+    """Reduce buckets while the backward pass goes on (GPUs, pp=1)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """The corpus, its tokenizer and how samples are drawn."""
+
+    source: str = MISSING
+    """`python`: the standard library of the running interpreter. `random`: random tokens. Else a folder or glob."""
+    seq_len: int = MISSING
+    """Tokens in one sample."""
+    vocab_size: int = MISSING
+    """Entries of the byte-level BPE trained on the corpus. At most model.vocab_size."""
+    valid_fraction: float = 0.05
+    """Share of the documents held out, chosen by a hash of their content."""
+    max_bytes: int | None = None
+    """Read at most this many bytes of the corpus. None: all."""
+    cache_dir: str | None = None
+    """Where tokenizer and token files are kept. None: $XDG_CACHE_HOME/octant or ~/.cache/octant."""
+    seed: int = 0
+    """Seed of the sample order."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = MISSING
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.0
+    """For sgd."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; norms and biases are never decayed."""
+    clip_norm: float = 1.0
+    """Gradients are scaled so that their global L2 norm is at most this. 0: no clipping, the norm is still reported."""
+    schedule: ScheduleName = ScheduleName.cosine
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from lr / warmup_steps. None: a twentieth of train.steps."""
+    decay_steps: int | None = None
+    """Step at which min_lr_ratio is reached. None: train.steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over the peak."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats. There is no autocast: a tensor's dtype is what the code says."""
+
+    dtype: DType = DType.fp32
+    grad_accum: DType = DType.fp32
+    """Dtype in which the gradients of the micro-batches are added up when `dtype` is bf16."""
+    tf32: bool = False
+    """Let fp32 matrix products on GPUs use TF32 (10-bit mantissa). Off keeps the parity promise."""
+
+
+@dataclass(slots=True, kw_only=True)
+class KernelsConfig:
+    """Choices among implementations of the same mathematics."""
+
+    attention: Attention = Attention.auto
+    compile: Switch = Switch.auto
+    """torch.compile for the transformer blocks and the loss. `auto`: on for GPUs."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingConfig:
+    """The training loop. Global batch = micro_batch * accum_steps * dp samples."""
+
+    steps: int = MISSING
+    """Optimizer steps."""
+    micro_batch: int = MISSING
+    """Samples in one forward pass of one replica."""
+    accum_steps: int = 1
+    """Micro-batches whose gradients are averaged into one optimizer step; with pp > 1 they fill the pipeline."""
+    eval_every: int = 0
+    """Steps between validations. 0: only at the end."""
+    eval_batches: int = 8
+    """Global batches of held-out samples in one validation. 0: no validation."""
+    seed: int = 1234
+    """Seed of initial weights and dropout."""
+    device: Device = Device.auto
+    cpu_threads: int | None = None
+    """Threads of one rank on the CPU. None: cores / local ranks, at least one."""
+    timeout_s: float = 600.0
+    """Longest wait for a collective before the job is stopped, seconds."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """Weights in and out, as logical tensors in safetensors: independent of the layout that wrote them."""
+
+    initial_weights: str | None = None
+    """Start from this `weights` folder of an earlier run instead of random weights. Any layout can read it."""
+    save_final: bool = True
+    """Write the fp32 weights into `weights/` in the run folder when training ends."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl and updates of the progress bar."""
+    progress: bool = True
+    """Progress bar on a terminal, plain lines elsewhere. Off: neither."""
+    plot: bool = True
+    """Draw `loss.png` into the run folder at the end."""
+    wandb: WandbMode = WandbMode.disabled
+    """`offline` writes a W&B run beside the metrics; `online` sends it."""
+    wandb_project: str = "octant"
+    verbose: bool = False
+    """Show what DeepSpeed and other libraries print."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ProfileConfig:
+    """torch.profiler over a window of steps; the trace and a table of operators go to the run folder."""
+
+    start: int = 0
+    """First profiled step. Used when `steps` is positive."""
+    steps: int = 0
+    """Profiled steps. 0: no profile."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """Where results go: `<dir>/<name>/`."""
+
+    name: str = MISSING
+    dir: str = "runs"
+    overwrite: bool = False
+    """Replace the results of an earlier run of the same name."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RuntimeConfig:
+    """The DeepSpeed bridge."""
+
+    deepspeed_extra: dict[str, Any] = field(default_factory=dict)
+    """Extra entries of DeepSpeed's own configuration. Keys that Octant sets itself, and unknown keys, are refused."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = MISSING
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    train: TrainingConfig = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -1,0 +1,1 @@
+"""Process groups, collectives that autograd understands, and local ranks."""

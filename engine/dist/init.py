@@ -1,0 +1,115 @@
+"""From launcher variables to a device and a process group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.config.enums import Device
+from engine.config.launch_env import LaunchEnv
+from engine.errors import LaunchError
+
+
+def resolve_device_type(device: Device) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        LaunchError: CUDA is asked for and no GPU is visible.
+    """
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise LaunchError.of(
+            510, "train.device", "cuda", "no CUDA device is visible to this process", "Use train.device=cpu or auto"
+        )
+    return "cuda" if available and device is not Device.cpu else "cpu"
+
+
+def local_device(device_type: str, local_rank: int) -> torch.device:
+    """This rank's device. On GPUs each local rank owns one card.
+
+    Raises:
+        LaunchError: more local ranks than visible GPUs.
+    """
+    if device_type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise LaunchError.of(
+            511,
+            "LOCAL_RANK",
+            local_rank,
+            f"this host shows {count} GPUs and each local rank needs its own",
+            f"Start at most {count} ranks on this host, or use train.device=cpu",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def cpu_threads(threads: int | None, local_world_size: int) -> int:
+    """Intra-op threads of one rank: as asked, or this machine's cores shared among its ranks."""
+    return threads or max(1, (os.cpu_count() or 1) // local_world_size)
+
+
+def set_numerics(device: torch.device, threads: int | None, local_world_size: int, *, tf32: bool) -> None:
+    """Fix what changes results from one start to the next: threads on the CPU, TF32 on GPUs.
+
+    Reductions on the CPU are cut by thread, so equal losses under every launcher need an equal count, whatever the
+    launcher exported.
+    """
+    torch.set_num_threads(cpu_threads(threads, local_world_size))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def export(env: LaunchEnv) -> None:
+    """Put the rank into the variables that libraries read, whichever launcher named it."""
+    os.environ.update(
+        RANK=str(env.rank),
+        WORLD_SIZE=str(env.world_size),
+        LOCAL_RANK=str(env.local_rank),
+        MASTER_ADDR=env.master_addr,
+        MASTER_PORT=str(env.master_port),
+    )
+
+
+def init_process_group(env: LaunchEnv, device: torch.device, timeout_s: float) -> None:
+    """Join the job's default process group: NCCL on GPUs, gloo on CPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{env.master_addr}:{env.master_port}",
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def require_equal_config(config_hash: str, data_fingerprint: str) -> None:
+    """Compare config and data of all ranks before any of them builds a model.
+
+    Raises:
+        LaunchError: 512 some ranks hold another config than rank 0, 514 other data; they are named.
+    """
+    everyone: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (config_hash, data_fingerprint))
+    first = everyone[0]
+    assert first is not None
+    for index, code, option, what, way_out in (
+        (0, 512, "config", "another configuration", "Start every rank with the same overrides and conf/ folder"),
+        (1, 514, "data.source", "other data", "Put the same corpus, and the same Python for data=python, on every host"),
+    ):
+        differ = [rank for rank, values in enumerate(everyone) if values is None or values[index] != first[index]]
+        if differ:
+            rule = f"ranks {differ} were started with {what} than rank 0"
+            raise LaunchError.of(code, option, first[index], rule, way_out)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

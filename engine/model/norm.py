@@ -1,0 +1,44 @@
+"""Normalisation over the last dimension, computed in fp32 whatever the input's dtype."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config.enums import Norm
+from engine.config.schema import ModelConfig
+from engine.parallel.logical import replicated_parameter
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, *, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = replicated_parameter((size,), init_value=1.0)
+        self.bias = replicated_parameter((size,), init_value=0.0) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = replicated_parameter((size,), init_value=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def make_norm(cfg: ModelConfig) -> nn.Module:
+    """The normalisation of `cfg` over the residual stream."""
+    if cfg.norm is Norm.rmsnorm:
+        return RMSNorm(cfg.hidden_size, eps=cfg.norm_eps)
+    return LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, bias=cfg.bias)

@@ -1,0 +1,79 @@
+"""The folder of a run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from engine.errors import CheckpointError
+
+METRICS_FILE = "metrics.jsonl"
+
+OWNED = (
+    METRICS_FILE,
+    "config.yaml",
+    "environment.json",
+    "loss.png",
+    "weights",
+    "summary.json",
+    "profile",
+)
+"""What Octant writes into a run folder. Only these are removed by `run.overwrite=true`."""
+
+
+def open_run_folder(dir: str, name: str, overwrite: bool) -> Path:
+    """Create `<dir>/<name>/` and return it. Called by rank 0 alone.
+
+    Args:
+        overwrite: remove the results of an earlier run of that name; files that Octant does not write stay.
+
+    Raises:
+        CheckpointError: 601 the folder holds results already, 602 it cannot be written.
+    """
+    folder = Path(dir) / name
+    if has_results(folder) and not overwrite:
+        free = _free_name(Path(dir), name)
+        raise CheckpointError.of(
+            601,
+            "run.name",
+            name,
+            f"{folder} already holds the results of a run ({METRICS_FILE})",
+            f"Use run.name={free}, or run.overwrite=true to replace them",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if overwrite:
+            _remove_owned(folder)
+    except OSError as error:
+        raise CheckpointError.of(
+            602,
+            "run.dir",
+            dir,
+            f"{folder} cannot be written: {error.strerror or error}",
+            "Point run.dir to a folder that this user may write, such as run.dir=runs",
+        ) from error
+    return folder
+
+
+def has_results(folder: Path) -> bool:
+    """True when a run has recorded at least one line of metrics there."""
+    path = folder / METRICS_FILE
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _free_name(parent: Path, name: str) -> str:
+    """The first of `name-2`, `name-3`, ... that does not exist."""
+    return next(f"{name}-{number}" for number in count(2) if not (parent / f"{name}-{number}").exists())
+
+
+def _remove_owned(folder: Path) -> None:
+    for entry in OWNED:
+        path = folder / entry
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

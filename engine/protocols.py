@@ -1,0 +1,45 @@
+"""What the training loop and the studies know of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.dist.context import ParallelContext
+from engine.parallel.logical import LogicalTensor
+
+Batch = tuple[Tensor, Tensor]
+"""Tokens and labels of one micro-batch, both (B, S) int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. Tensors are scalars on the device, so that reading them is the caller's choice of time."""
+
+    loss: Tensor
+    """Mean loss over the global batch, before the step, nats per token; equal on all ranks."""
+    grad_norm: Tensor
+    """Global L2 norm of the averaged gradients before clipping; equal on all ranks."""
+
+
+class Engine(Protocol):
+    """One rank's share of a training job. All methods are collective."""
+
+    ctx: ParallelContext
+    on_gradients: Callable[[], None] | None
+    """Called once per step when gradients are averaged and not yet clipped; `gradients` may be read there."""
+
+    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """Run this replica's micro-batches and one optimizer step at learning rate `lr`."""
+
+    def eval_step(self, batches: Iterable[Batch]) -> Tensor:
+        """Mean loss of a global batch without touching the weights; scalar, equal on all ranks."""
+
+    def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """This tensor-parallel rank's slice of each gradient, fp32, whole over dp. To be read inside `on_gradients`."""
+
+    def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """This tensor-parallel rank's slice of each parameter of its stage, fp32 master, whole over dp."""

@@ -1,0 +1,75 @@
+"""The oracle: one process, plain PyTorch, no DeepSpeed. Any layout must give its losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config.schema import Config
+from engine.dist.context import ParallelContext
+from engine.model.gpt import NextTokenLoss
+from engine.model.layers import InitialWeights, LayerDef, WholeModel
+from engine.optim.groups import build_optimizer
+from engine.parallel.logical import LogicalTensor, logical_of
+from engine.protocols import Batch, StepResult
+
+
+class ReferenceEngine:
+    """`Engine` on a single rank, in fp32. `batches` are all micro-batches of the global batch, in any grouping."""
+
+    def __init__(self, layers: Sequence[LayerDef], initial: InitialWeights, cfg: Config, ctx: ParallelContext) -> None:
+        self.ctx, self._cfg = ctx, cfg
+        self.on_gradients: Callable[[], None] | None = None
+        self.model = WholeModel(layers, initial, tp=ctx.tp).to(ctx.device)
+        self._loss = NextTokenLoss(cfg.model, ctx)
+        self._optimizer = build_optimizer(self.model.parameters(), cfg.optim, ctx.device)
+
+    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """See `Engine.train_step`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        self._optimizer.zero_grad()
+        batches = list(batches)
+        total = torch.zeros((), device=self.ctx.device)
+        for tokens_BS, labels_BS in batches:
+            loss = self._micro_loss(tokens_BS, labels_BS) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        if self.on_gradients is not None:
+            self.on_gradients()
+        norm = self._clip(self._cfg.optim.clip_norm)
+        self._optimizer.step()
+        return StepResult(loss=total, grad_norm=norm)
+
+    def _clip(self, limit: float) -> Tensor:
+        """The global norm, in fp64 as in `engine.runtime.gradients`, and clipping by it."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
+        if 0 < limit < float(norm):
+            for gradient in gradients:
+                gradient.mul_(limit / (float(norm) + 1e-6))
+        return norm.float()
+
+    @torch.no_grad()
+    def eval_step(self, batches: Iterable[Batch]) -> Tensor:
+        """See `Engine.eval_step`."""
+        self.model.eval()
+        return torch.stack([self._micro_loss(*batch) for batch in batches]).mean()
+
+    def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """See `Engine.gradients`."""
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            yield logical_of(parameter), parameter.grad
+
+    def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
+        """See `Engine.parameters`."""
+        for parameter in self.model.parameters():
+            yield logical_of(parameter), parameter.detach()
+
+    def _micro_loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        loss: Tensor = self._loss(self.model(tokens_BS.to(self.ctx.device)), labels_BS.to(self.ctx.device))
+        return loss

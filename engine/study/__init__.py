@@ -1,0 +1,1 @@
+"""Studies: questions asked of the engine by running it."""

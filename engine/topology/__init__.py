@@ -1,0 +1,1 @@
+"""Where ranks, layers and micro-batches go: plain arithmetic, no process group."""

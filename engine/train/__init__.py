@@ -1,0 +1,1 @@
+"""Training: one command from overrides to a trained model."""

@@ -1,0 +1,41 @@
+"""`python -m engine.train [overrides]`, also under `torchrun -m`, `deepspeed --module` and `srun`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from engine.config import launch_env, rules
+from engine.config.load import HelpRequested, load
+from engine.errors import EngineError
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 trained, 2 refused (the reasons are on stderr)."""
+    try:
+        cfg = load(argv)
+        env = launch_env.read(os.environ)
+        # Everything that needs no torch is checked before torch is imported.
+        if env is not None:
+            rules.require(cfg, env.world_size)
+        from engine.train import local, session
+
+        if env is None:
+            world_size = local.world_size(cfg)
+            rules.require(cfg, world_size)
+            session.prepare(cfg)
+            if world_size > 1:
+                local.start_ranks(world_size, cfg, argv)
+            env = local.alone()
+        session.run(cfg, env)
+    except HelpRequested as asked:
+        print(asked)
+    except EngineError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""What happens around the steps: metrics, validation, profile, weights, plot, summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint.weights import save_weights
+from engine.config.enums import WandbMode
+from engine.config.schema import Config
+from engine.data import Data
+from engine.observe.flops import mfu, peak_flops
+from engine.observe.folder import METRICS_FILE
+from engine.observe.log import say
+from engine.observe.plot import plot_losses
+from engine.observe.progress import Progress
+from engine.observe.sinks import Fanout, JsonlSink, MetricSink, WandbSink
+from engine.observe.throughput import StepTimer
+from engine.plan.costs import flops_per_token
+from engine.protocols import Engine, StepResult
+from engine.train.loop import Hook
+
+
+class _Quiet:
+    """A hook that does nothing; hooks override what they need."""
+
+    def before_training(self) -> None:
+        pass
+
+    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        pass
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+class Metrics(_Quiet):
+    """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps."""
+
+    def __init__(
+        self, cfg: Config, world_size: int, sink: MetricSink, tokens_per_step: int, device: torch.device
+    ) -> None:
+        self._cfg, self._world, self._sink, self._tokens, self._device = cfg, world_size, sink, tokens_per_step, device
+        self._progress = Progress(cfg.train.steps, every=cfg.logging.every, enabled=cfg.logging.progress)
+        self._timer = StepTimer()
+        self._flops = flops_per_token(cfg.model, cfg.data.seq_len)
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._since, self._steps_since, self.excluded_s = 0.0, 0, 0.0
+        self._last: dict[str, float] = {}
+
+    def before_training(self) -> None:
+        self._since = time.perf_counter()
+
+    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        self._steps_since += 1
+        if step % self._cfg.logging.every and step != self._cfg.train.steps:
+            return
+        metrics = {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr": lr}
+        now = time.perf_counter()
+        step_s = (now - self._since - self.excluded_s) / self._steps_since
+        for _ in range(self._steps_since):
+            self._timer.add(step_s, self._tokens)
+        metrics |= {"step_s": step_s, "tokens": float(step * self._tokens)} | self._speed()
+        self._sink.write(step, metrics)
+        left = self._timer.time_left_s(self._cfg.train.steps - step)
+        self._progress.update(step, metrics | ({} if left is None else {"time_left_s": left}))
+        self._since, self._steps_since, self.excluded_s, self._last = now, 0, 0.0, metrics
+
+    def _speed(self) -> dict[str, float]:
+        tokens_per_s = self._timer.tokens_per_s() or 0.0
+        speed = {"tokens_per_s": tokens_per_s}
+        if self._peak is not None:
+            causal, full = (mfu(tokens_per_s / self._world, flops, self._peak) for flops in self._flops)
+            speed |= {"mfu": causal, "mfu_full": full}
+        if self._device.type == "cuda":
+            speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return speed
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        self._progress.close()
+        summary["steps"] = self._cfg.train.steps
+        summary |= {f"final_{name}" if name == "loss" else name: value for name, value in self._last.items()}
+
+
+class Validation(_Quiet):
+    """Loss on held-out samples before training, every `train.eval_every` steps and at the end."""
+
+    def __init__(self, engine: Engine, data: Data, cfg: Config, sink: MetricSink, metrics: Metrics | None) -> None:
+        self._engine, self._data, self._cfg, self._sink, self._metrics = engine, data, cfg, sink, metrics
+        self._losses: list[float] = []
+
+    def before_training(self) -> None:
+        self._evaluate(0)
+
+    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        every = self._cfg.train.eval_every
+        if step == self._cfg.train.steps or (every and step % every == 0):
+            self._evaluate(step)
+
+    def _evaluate(self, step: int) -> None:
+        train, dp = self._cfg.train, self._engine.ctx.dp
+        assert self._data.valid is not None
+        start = time.perf_counter()
+        total = 0.0
+        for index in range(train.eval_batches):
+            batches = self._data.valid.micro_batches(
+                index, dp_rank=dp.rank, dp=dp.size, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+            )
+            total += float(self._engine.eval_step(batches))
+        loss = total / train.eval_batches
+        self._losses.append(loss)
+        self._sink.write(step, {"val_loss": loss})
+        say(f"step {step}: validation loss {loss:.4f}")
+        if self._metrics is not None:
+            self._metrics.excluded_s += time.perf_counter() - start
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        summary |= {"first_val_loss": self._losses[0], "final_val_loss": self._losses[-1]}
+
+
+class Profile(_Quiet):
+    """torch.profiler over `profile.steps` steps of rank 0: a trace for chrome://tracing and a table of operators."""
+
+    def __init__(self, cfg: Config, folder: Path) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._first, self._last = cfg.profile.start, cfg.profile.start + cfg.profile.steps
+        self._folder = folder
+        self._profiler = torch.profiler.profile(activities=activities)
+
+    def before_training(self) -> None:
+        if self._first == 0:
+            self._profiler.start()
+
+    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        if step == self._first:
+            self._profiler.start()
+        if step == self._last:
+            float(result.loss)
+            self._profiler.stop()
+            self._folder.mkdir(exist_ok=True)
+            self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = self._profiler.key_averages().table(sort_by=key, row_limit=60)
+            (self._folder / "operators.txt").write_text(table)
+
+
+class Weights(_Quiet):
+    """The final weights as logical tensors."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self._engine, self._folder = engine, folder
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        save_weights(self._engine, self._folder)
+        summary["weights"] = self._folder.name
+
+
+class Results(_Quiet):
+    """Closes the sinks, draws the losses and writes `summary.json`. Rank 0, last."""
+
+    def __init__(self, cfg: Config, folder: Path, sink: MetricSink) -> None:
+        self._cfg, self._folder, self._sink = cfg, folder, sink
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        self._sink.close()
+        if self._cfg.logging.plot:
+            plot_losses(self._folder / METRICS_FILE, self._folder / "loss.png", self._cfg.run.name)
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        say(f"results in {self._folder}/")
+
+
+def standard_hooks(engine: Engine, data: Data, cfg: Config, folder: Path, config: dict[str, Any]) -> list[Hook]:
+    """The hooks of a training run, the same list on every rank but for those that only rank 0 needs."""
+    main = engine.ctx.is_main
+    sink = Fanout([])
+    if main:
+        sinks: list[MetricSink] = [JsonlSink(folder / METRICS_FILE)]
+        if cfg.logging.wandb is not WandbMode.disabled:
+            sinks.append(WandbSink(cfg.logging.wandb_project, cfg.run.name, folder, cfg.logging.wandb, config))
+        sink = Fanout(sinks)
+    train = cfg.train
+    tokens = train.micro_batch * train.accum_steps * engine.ctx.dp.size * cfg.data.seq_len
+    metrics = Metrics(cfg, engine.ctx.grid.world_size, sink, tokens, engine.ctx.device) if main else None
+    hooks: list[Hook] = [metrics] if metrics is not None else []
+    if train.eval_batches and data.valid is not None:
+        hooks.append(Validation(engine, data, cfg, sink, metrics))
+    if main and cfg.profile.steps:
+        hooks.append(Profile(cfg, folder / "profile"))
+    if cfg.checkpoint.save_final:
+        hooks.append(Weights(engine, folder / "weights"))
+    if main:
+        hooks.append(Results(cfg, folder, sink))
+    return hooks

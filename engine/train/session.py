@@ -1,0 +1,116 @@
+"""Assemble a run: data, ranks, model, engine, hooks; then train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine import runtime
+from engine.checkpoint.weights import weights_reader
+from engine.config.derived import head_dim
+from engine.config.enums import DType
+from engine.config.launch_env import LaunchEnv
+from engine.config.load import config_hash, resolved_yaml, to_dict
+from engine.config.schema import Config
+from engine.data import Data, open_data
+from engine.data import prepare as prepare_data
+from engine.dist import init
+from engine.dist.context import ParallelContext
+from engine.dist.rng import seed_everything
+from engine.errors import CheckpointError, ConfigError
+from engine.model.gpt import build_layers
+from engine.model.layers import logical_tensors, random_weights
+from engine.observe import log
+from engine.observe.environment import environment
+from engine.observe.folder import open_run_folder
+from engine.plan.costs import layer_costs
+from engine.protocols import Engine
+from engine.topology.grid import Grid
+from engine.topology.partition import partition
+from engine.train.describe import describe
+from engine.train.hooks import standard_hooks
+from engine.train.loop import fit
+from engine_kernels import ops  # noqa: F401  (registers the implementations)
+from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
+
+
+def prepare(cfg: Config) -> Data:
+    """Tokenizer and token files, built if they are not there yet. Needs no other rank: builders lock each other out."""
+    prepare_data(cfg.data, log.say)
+    return open_data(cfg.data)
+
+
+def choose_attention(cfg: Config, device: torch.device) -> Choice:
+    """The attention implementation for this run, the same for every layer.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    dtype = torch.bfloat16 if cfg.precision.dtype is DType.bf16 else torch.float32
+    situation = Situation(device, dtype, head_dim=head_dim(cfg.model), dropout=cfg.model.attention_dropout)
+    try:
+        return choose("attention", str(cfg.kernels.attention), situation)
+    except KernelUnavailable as error:
+        raise ConfigError.of(
+            330, "kernels.attention", cfg.kernels.attention, str(error), "Use kernels.attention=auto"
+        ) from error
+
+
+def build_engine(cfg: Config, ctx: ParallelContext) -> Engine:
+    """The engine of this rank, with what it is made of printed by rank 0. Collective."""
+    attention = choose_attention(cfg, ctx.device)
+    layers = build_layers(cfg.model, ctx, attention.impl.fn)
+    bounds = partition(layer_costs(cfg.model, cfg.parallel.balance, cfg.data.seq_len), ctx.pp.size)
+    for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
+        log.say(line)
+    initial = random_weights(cfg.train.seed)
+    if cfg.checkpoint.initial_weights is not None:
+        initial = weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
+    engine = runtime.build(layers, bounds, initial, cfg, ctx)
+    seed_everything(cfg.train.seed, ctx)
+    return engine
+
+
+def open_folder(cfg: Config) -> Path:
+    """Rank 0 makes the run folder; every rank learns of a refusal.
+
+    Raises:
+        CheckpointError: see `open_run_folder`.
+    """
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            folder = open_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
+            (folder / "config.yaml").write_text(resolved_yaml(cfg))
+            (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        except CheckpointError as error:
+            outcome[0] = error.violations
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(outcome[0])
+    return Path(cfg.run.dir) / cfg.run.name
+
+
+def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
+    """Train as this rank of the job; returns the summary that rank 0 writes to `summary.json`."""
+    log.configure(env.rank)
+    log.quiet_libraries(cfg.logging.verbose)
+    device = init.local_device(init.resolve_device_type(cfg.train.device), env.local_rank)
+    init.export(env)
+    init.set_numerics(device, cfg.train.cpu_threads, env.local_world_size, tf32=cfg.precision.tf32)
+    grid = Grid.from_config(cfg.parallel, env.world_size)
+    data = prepare(cfg)
+    init.init_process_group(env, device, cfg.train.timeout_s)
+    try:
+        init.require_equal_config(config_hash(cfg), data.fingerprint)
+        folder = open_folder(cfg)
+        ctx = ParallelContext.create(grid, device)
+        engine = build_engine(cfg, ctx)
+        hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
+        return fit(engine, data, cfg, hooks)
+    finally:
+        init.shutdown()

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.config import ModelConfig
+from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab
+
+MODEL = ModelConfig(name="m", num_layers=2, hidden_size=48, num_heads=6, vocab_size=50257, max_positions=64)
+
+
+def test_sizes_that_are_not_set_follow_from_the_others() -> None:
+    assert (head_dim(MODEL), kv_heads(MODEL), ffn_size(MODEL)) == (8, 6, 192)
+
+
+def test_sizes_that_are_set_win() -> None:
+    model = replace(MODEL, head_dim=16, num_kv_heads=2, ffn_size=100)
+    assert (head_dim(model), kv_heads(model), ffn_size(model)) == (16, 2, 100)
+
+
+@pytest.mark.parametrize(("vocab", "tp", "rows"), [(50257, 1, 50304), (50257, 8, 50688), (128, 2, 128), (129, 2, 256)])
+def test_padded_vocabulary(vocab: int, tp: int, rows: int) -> None:
+    assert padded_vocab(replace(MODEL, vocab_size=vocab), tp) == rows

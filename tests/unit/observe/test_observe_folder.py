@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.errors import CheckpointError
+from engine.observe.folder import OWNED, open_run_folder
+
+
+def finished_run(parent: Path, name: str = "tiny") -> Path:
+    """A folder as a run leaves it, with a note that the user added."""
+    folder = parent / name
+    (folder / "profile").mkdir(parents=True)
+    (folder / "profile" / "trace.json").write_text("{}")
+    for entry in OWNED:
+        if entry != "profile":
+            (folder / entry).write_text("{}\n")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_a_fresh_folder_is_made(tmp_path: Path) -> None:
+    folder = open_run_folder(str(tmp_path / "runs"), "tiny", overwrite=False)
+    assert folder == tmp_path / "runs" / "tiny"
+    assert list(folder.iterdir()) == []
+
+
+def test_results_are_not_replaced_unasked(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    (tmp_path / "tiny-2").mkdir()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(CheckpointError) as caught:
+        open_run_folder(str(tmp_path), "tiny", overwrite=False)
+    message = str(caught.value)
+    assert "OCT601" in message
+    assert "run.name=tiny:" in message
+    assert f"{folder} already holds the results" in message
+    assert "run.name=tiny-3" in message
+    assert "run.overwrite=true" in message
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_overwrite_removes_what_octant_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    other = finished_run(tmp_path, "other")
+    assert open_run_folder(str(tmp_path), "tiny", overwrite=True) == folder
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert (other / "metrics.jsonl").exists()
+
+
+def test_overwrite_does_not_follow_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "keep.txt").write_text("mine")
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "profile").symlink_to(elsewhere)
+    open_run_folder(str(tmp_path), "tiny", overwrite=True)
+    assert (elsewhere / "keep.txt").exists()
+    assert not (folder / "profile").is_symlink()
+
+
+def test_a_folder_without_recorded_steps_is_reused(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    (folder / "notes.txt").touch()
+    assert open_run_folder(str(tmp_path), "tiny", overwrite=False) == folder
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(CheckpointError) as caught:
+        open_run_folder(str(tmp_path / "runs"), "tiny", overwrite=False)
+    message = str(caught.value)
+    assert "OCT602" in message
+    assert f"run.dir={tmp_path / 'runs'}:" in message
+    assert "cannot be written: Not a directory" in message
+    assert "Point run.dir to a folder" in message
