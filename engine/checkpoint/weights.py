@@ -71,7 +71,7 @@ def weights_reader(folder: str, wanted: Mapping[str, LogicalTensor]) -> InitialW
     """
     option, root = "checkpoint.initial_weights", Path(folder)
     try:
-        weight_map: dict[str, str] = json.loads((root / INDEX).read_text())["weight_map"]
+        weight_map: dict[str, str] = dict(json.loads((root / INDEX).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError.of(
             611,

@@ -30,6 +30,21 @@ def open_run_folder(dir: str, name: str, overwrite: bool) -> Path:
         overwrite: remove the results of an earlier run of that name; files that Octant does not write stay.
 
     Raises:
+        CheckpointError: see `usable_run_folder`.
+    """
+    folder = usable_run_folder(dir, name, overwrite)
+    if overwrite:
+        try:
+            _remove_owned(folder)
+        except OSError as error:
+            raise _not_writable(dir, folder, error) from error
+    return folder
+
+
+def usable_run_folder(dir: str, name: str, overwrite: bool) -> Path:
+    """Make sure that `<dir>/<name>/` exists and can take a run's results; what it holds stays as it is.
+
+    Raises:
         CheckpointError: 601 the folder holds results already, 602 it cannot be written.
     """
     folder = Path(dir) / name
@@ -46,17 +61,19 @@ def open_run_folder(dir: str, name: str, overwrite: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if overwrite:
-            _remove_owned(folder)
     except OSError as error:
-        raise CheckpointError.of(
-            602,
-            "run.dir",
-            dir,
-            f"{folder} cannot be written: {error.strerror or error}",
-            "Point run.dir to a folder that this user may write, such as run.dir=runs",
-        ) from error
+        raise _not_writable(dir, folder, error) from error
     return folder
+
+
+def _not_writable(dir: str, folder: Path, error: OSError) -> Exception:
+    return CheckpointError.of(
+        602,
+        "run.dir",
+        dir,
+        f"{folder} cannot be written: {error.strerror or error}",
+        "Point run.dir to a folder that this user may write, such as run.dir=runs",
+    )
 
 
 def has_results(folder: Path) -> bool:

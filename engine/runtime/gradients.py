@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -42,6 +46,47 @@ def read(
         yield logical_of(parameter), value(parameter)
 
 
+def mend_norm(optimizer: object, ctx: ParallelContext) -> None:
+    """Replace the global norm of DeepSpeed's optimizers by one that works on stages of any content.
+
+    ZeRO 1 and 2 reduce once per parameter group, so a stage with fewer groups than another (an embedding has no
+    undecayed parameters) hangs the job: https://github.com/deepspeedai/DeepSpeed/issues/1522. The bf16 optimizer fails
+    on a rank that has nothing to count. Here every rank takes part in one reduction.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.scaled_global_norm = partial(_zero_norm, optimizer, ctx)
+    elif isinstance(optimizer, BF16_Optimizer):
+        optimizer.get_grads_for_norm = partial(_never_nothing, optimizer.get_grads_for_norm, ctx)
+
+
+def _zero_norm(optimizer: DeepSpeedZeroOptimizer, ctx: ParallelContext, norm_type: int = 2) -> Tensor:
+    """The norm of the scaled gradients over all ranks: each rank adds the partition that it owns."""
+    norms = []
+    for index, parameters in enumerate(optimizer.params_in_partition):
+        parts = (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
+        for parameter, part in zip(parameters, parts, strict=False):
+            if _counts(parameter, ctx):
+                norms.append(torch.linalg.vector_norm(part, dtype=torch.float64))
+    total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=ctx.device)
+    dist.all_reduce(total)
+    norm = total.sqrt().float()
+    return torch.where(norm.isfinite(), norm, torch.inf)
+
+
+def _never_nothing(original: Callable[..., Any], ctx: ParallelContext, for_clipping: bool = False) -> Any:
+    if for_clipping:
+        return original(for_clipping=True)
+    plain, expert = original()
+    return plain or [torch.zeros(1, device=ctx.device)], expert
+
+
+def _counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
+    """Whether this rank counts the parameter in a norm: slices always, whole tensors on tp rank 0, tied copies never."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    return logical_of(parameter).dim is not None or ctx.tp.is_first
+
+
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx: ParallelContext) -> Tensor:
     """Scale `.grad` in place so that the global L2 norm is at most `max_norm` (0: only measure). Returns the norm.
 
@@ -50,8 +95,8 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx
     norm of a large tensor on the CPU is off by 1e-6 and more.
     """
     parameters = list(parameters)
-    counted = [p for p in owned(parameters) if logical_of(p).dim is not None or ctx.tp.is_first]
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in counted if p.grad is not None]
+    counted = [p for p in parameters if p.grad is not None and _counts(p, ctx)]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in counted]
     total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=ctx.device)
     if ctx.replica.group is not None:
         dist.all_reduce(total, group=ctx.replica.group)

@@ -122,6 +122,7 @@ class PipelineRunner:
             config_class=DeepSpeedConfig(config, stage.mpu()),
         )
         self._ds.before_step = self._before_step
+        gradients.mend_norm(self._ds.optimizer, ctx)
 
     def _before_step(self) -> None:
         if self.on_gradients is not None:

@@ -54,6 +54,7 @@ class ZeroRunner:
             mpu=TensorDataUnit(ctx),
             dist_init_required=False,
         )
+        gradients.mend_norm(self._ds.optimizer, ctx)
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -99,6 +100,11 @@ def _relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-30)
 
 
+def _size(error: float) -> float:
+    """An error as it is compared: NaN, which `>` and `max` pass over, is as bad as infinity."""
+    return math.inf if math.isnan(error) else error
+
+
 def compare(got: Measured, want: Measured) -> Comparison:
     """Errors of `got` against the oracle.
 
@@ -117,16 +123,16 @@ def compare(got: Measured, want: Measured) -> Comparison:
     for name, reference in want.gradients.items():
         scale = max(float(reference.double().norm()), 1e-3 * global_norm)
         error = _distance(got.gradients[name], reference) / scale
-        if not error <= out.gradient:
+        if _size(error) > _size(out.gradient):
             out.gradient, out.gradient_at = error, name
         scale = max(float(moved[name].double().norm()), 1e-3 * global_moved)
         error = _distance(got.after[name], want.after[name]) / scale
-        if not error <= out.parameters:
+        if _size(error) > _size(out.parameters):
             out.parameters, out.parameters_at = error, name
         if not torch.equal(got.before[name], want.before[name]):
             out.problems.append(f"{name} starts from another value")
-    out.loss = max(_relative(a, b) for a, b in zip(got.losses, want.losses, strict=True))
-    out.norm = max(_relative(a, b) for a, b in zip(got.norms, want.norms, strict=True))
+    out.loss = max((_relative(a, b) for a, b in zip(got.losses, want.losses, strict=True)), key=_size)
+    out.norm = max((_relative(a, b) for a, b in zip(got.norms, want.norms, strict=True)), key=_size)
     return out
 
 

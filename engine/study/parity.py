@@ -107,7 +107,7 @@ def run_cases(
                 before_case,
             ),
             backend="nccl" if device_type == "cuda" else "gloo",
-            timeout_s=timeout_s,
+            timeout_s=timeout_s * (len(same_grid) + 1),
             preload=PRELOAD,
         )[0]
         for case, comparison in zip(same_grid, found, strict=True):
@@ -211,5 +211,5 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tied", type=words("tied", "untied"), default=["tied", "untied"], help="tied,untied")
     parser.add_argument("--quick", action="store_true", help="a subset that covers every pair of values")
     parser.add_argument("--json", default="runs/parity.json", help="where the rows go (default runs/parity.json)")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the cases of one grid (default 900)")
+    parser.add_argument("--timeout", type=float, default=90.0, help="seconds allowed per case (default 90)")
     return parser.parse_known_args(argv)

@@ -7,7 +7,7 @@ import sys
 
 from engine.config import launch_env, rules
 from engine.config.load import HelpRequested, load
-from engine.errors import EngineError
+from engine.errors import EngineError, LaunchError
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         if env is None:
             world_size = local.world_size(cfg)
             rules.require(cfg, world_size)
-            session.prepare(cfg)
+            session.check_before_launch(cfg)
             if world_size > 1:
                 local.start_ranks(world_size, cfg, argv)
             env = local.alone()
@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     except HelpRequested as asked:
         print(asked)
     except EngineError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # A launch can be wrong for one rank alone, and a file missing on one host; the rest every rank finds alike.
+        speaks = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
+        if speaks or isinstance(error, LaunchError):
             print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
         return error.exit_code
     return 0

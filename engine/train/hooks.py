@@ -138,12 +138,17 @@ class Profile(_Quiet):
             self._profiler.start()
 
     def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        if step in (self._first, self._last):
+            float(result.loss)
+        self.after_finished_step(step)
+
+    def after_finished_step(self, step: int) -> None:
+        """Start or stop after step number `step` (from 1), whose device work is done."""
         if step == self._first:
             self._profiler.start()
         if step == self._last:
-            float(result.loss)
             self._profiler.stop()
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self._folder / "trace.json"))
             key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             table = self._profiler.key_averages().table(sort_by=key, row_limit=60)

@@ -26,7 +26,7 @@ from engine.model.gpt import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
-from engine.observe.folder import open_run_folder
+from engine.observe.folder import open_run_folder, usable_run_folder
 from engine.plan.costs import layer_costs
 from engine.protocols import Engine
 from engine.topology.grid import Grid
@@ -38,8 +38,30 @@ from engine_kernels import ops  # noqa: F401  (registers the implementations)
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
 
 
-def prepare(cfg: Config) -> Data:
-    """Tokenizer and token files, built if they are not there yet. Needs no other rank: builders lock each other out."""
+def check_before_launch(cfg: Config) -> None:
+    """Refuse what needs no other rank to be seen, while one process is there to say it once.
+
+    Raises:
+        EngineError: see `prepare` and `usable_run_folder`.
+    """
+    prepare(cfg, torch.device(init.resolve_device_type(cfg.train.device)))
+    usable_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
+
+
+def prepare(cfg: Config, device: torch.device) -> Data:
+    """Look at kernels and initial weights, and build tokenizer and token files if they are not there yet.
+
+    Needs no other rank: builders lock each other out.
+
+    Raises:
+        ConfigError: see `choose_attention`.
+        CheckpointError: see `weights_reader`.
+        DataError: the corpus is missing, damaged or too small.
+    """
+    attention = choose_attention(cfg, device)
+    if cfg.checkpoint.initial_weights is not None:
+        layers = build_layers(cfg.model, ParallelContext.single(), attention.impl.fn)
+        weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
     prepare_data(cfg.data, log.say)
     return open_data(cfg.data)
 
@@ -103,7 +125,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     init.export(env)
     init.set_numerics(device, cfg.train.cpu_threads, env.local_world_size, tf32=cfg.precision.tf32)
     grid = Grid.from_config(cfg.parallel, env.world_size)
-    data = prepare(cfg)
+    data = prepare(cfg, device)
     init.init_process_group(env, device, cfg.train.timeout_s)
     try:
         init.require_equal_config(config_hash(cfg), data.fingerprint)

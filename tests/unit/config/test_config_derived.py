@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import ModelConfig
-from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab
+from engine.config import ModelConfig, OptimConfig
+from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab, warmup_steps
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=48, num_heads=6, vocab_size=50257, max_positions=64)
 
@@ -22,3 +22,8 @@ def test_sizes_that_are_set_win() -> None:
 @pytest.mark.parametrize(("vocab", "tp", "rows"), [(50257, 1, 50304), (50257, 8, 50688), (128, 2, 128), (129, 2, 256)])
 def test_padded_vocabulary(vocab: int, tp: int, rows: int) -> None:
     assert padded_vocab(replace(MODEL, vocab_size=vocab), tp) == rows
+
+
+@pytest.mark.parametrize(("asked", "steps", "warmup"), [(None, 1000, 50), (None, 19, 0), (0, 1000, 0), (7, 1000, 7)])
+def test_warm_up_is_a_twentieth_of_the_run_unless_asked(asked: int | None, steps: int, warmup: int) -> None:
+    assert warmup_steps(OptimConfig(lr=1.0, warmup_steps=asked), steps) == warmup

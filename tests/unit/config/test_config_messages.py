@@ -15,7 +15,7 @@ FILES = {
     "_self_, {experiment: null}]\n",
     "model/tiny.yaml": "defaults: [model_schema, _self_]\nname: tiny\nnum_layers: 2\nhidden_size: 32\nnum_heads: 4\n"
     "vocab_size: 256\nmax_positions: 64\n",
-    "data/d.yaml": "defaults: [data_schema, _self_]\nseq_len: 16\nvocab_size: 256\n",
+    "data/d.yaml": "defaults: [data_schema, _self_]\nsource: python\nseq_len: 16\nvocab_size: 256\n",
     "optim/o.yaml": "defaults: [optim_schema, _self_]\nlr: 1e-3\n",
     "train/t.yaml": "defaults: [train_schema, _self_]\nsteps: 10\nmicro_batch: 2\n",
     "run/r.yaml": "defaults: [run_schema, _self_]\nname: x\n",

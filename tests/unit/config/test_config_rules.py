@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.config import Config, DataConfig, ModelConfig, OptimConfig, Positions, RunConfig, TrainingConfig
+from engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
 from engine.config.bounds import RANGES
+from engine.config.enums import DType, Positions, Switch
 from engine.config.options import options
 from engine.config.rules import check, require
 from engine.errors import ConfigError
@@ -18,7 +19,7 @@ def make(**changes: Any) -> Config:
     """A config that breaks no rule on one rank, with `section__option=value` changed."""
     cfg = Config(
         model=ModelConfig(name="m", num_layers=4, hidden_size=48, num_heads=6, vocab_size=512, max_positions=64),
-        data=DataConfig(seq_len=32, vocab_size=512),
+        data=DataConfig(source="python", seq_len=32, vocab_size=512),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         train=TrainingConfig(steps=10, micro_batch=2),
         run=RunConfig(name="test"),
@@ -197,6 +198,22 @@ CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
         "profiled steps 9 to 11 reach past train.steps 10",
         "Use profile.start=7 profile.steps=3, or train.steps=12",
     ),
+    (
+        {"zero__stage": 0, "precision__dtype": DType.bf16},
+        1,
+        314,
+        "zero.stage=0",
+        "only DeepSpeed's ZeRO optimizers add up the gradients of a bf16 model in fp32",
+        "Use zero.stage=1, or precision.grad_accum=bf16",
+    ),
+    (
+        {"zero__stage": 3, "kernels__compile": Switch.on},
+        1,
+        315,
+        "kernels.compile=on",
+        "zero.stage=3 gathers parameters in hooks inside the blocks",
+        "Use kernels.compile=auto, or zero.stage=2",
+    ),
 ]
 
 
@@ -221,6 +238,9 @@ def test_one_broken_rule(changes: dict[str, Any], world: int, code: int, head: s
         {"profile__start": 7, "profile__steps": 3},
         {"profile__start": 99},
         {"zero__stage": 3},
+        {"zero__stage": 0, "precision__dtype": DType.bf16, "precision__grad_accum": DType.bf16},
+        {"zero__stage": 1, "precision__dtype": DType.bf16},
+        {"zero__stage": 2, "kernels__compile": Switch.on},
         {"optim__clip_norm": 0.0, "optim__min_lr_ratio": 1.0},
         {"model__num_heads": 5, "model__head_dim": 8},
         {"model__head_dim": 7},

@@ -1,0 +1,31 @@
+"""Parity over NCCL: the same command as on the CPU, on the GPUs that are there, TF32 off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.study.__main__ import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_layouts_of_all_gpus_agree_with_one_process(
+    world: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs, {torch.cuda.device_count()} here")
+    out = tmp_path / "parity.json"
+    code = main(
+        ["parity", "model=gpt_tiny", "train.device=cuda", "--worlds", str(world), "--quick", "--json", str(out)]
+    )
+    assert code == 0, capsys.readouterr().out
+    assert all(0 < row["gradient"] <= 1e-5 for row in json.loads(out.read_text())["cases"])

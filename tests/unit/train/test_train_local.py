@@ -1,0 +1,96 @@
+"""How many ranks a run without a launcher starts, and how."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+import torch
+
+from engine.config import Config, DataConfig, Device, ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
+from engine.errors import LaunchError
+from engine.train import local
+
+
+def config(device: Device, pp: int = 1, tp: int = 1, dp: int | None = None, threads: int | None = None) -> Config:
+    return Config(
+        model=ModelConfig(name="m", num_layers=4, hidden_size=48, num_heads=6, vocab_size=512, max_positions=64),
+        parallel=ParallelConfig(pp=pp, tp=tp, dp=dp),
+        data=DataConfig(source="random", seq_len=32, vocab_size=512),
+        optim=OptimConfig(lr=1e-3),
+        train=TrainingConfig(steps=1, micro_batch=1, device=device, cpu_threads=threads),
+    )
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "pp", "tp", "dp", "ranks"),
+    [
+        (0, Device.auto, 1, 1, None, 1),
+        (0, Device.auto, 2, 2, None, 4),
+        (0, Device.cpu, 2, 2, 2, 8),
+        (0, Device.cpu, 1, 1, 3, 3),
+        (8, Device.cpu, 2, 1, None, 2),
+        (8, Device.auto, 1, 1, None, 8),
+        (8, Device.auto, 2, 2, None, 8),
+        (6, Device.auto, 2, 2, None, 4),
+        (8, Device.cuda, 1, 2, 1, 2),
+        (8, Device.cuda, 2, 2, 2, 8),
+    ],
+)
+def test_world_size(
+    monkeypatch: pytest.MonkeyPatch, count: int, device: Device, pp: int, tp: int, dp: int | None, ranks: int
+) -> None:
+    gpus(monkeypatch, count)
+    assert local.world_size(config(device, pp, tp, dp)) == ranks
+
+
+@pytest.mark.parametrize(("pp", "tp", "dp", "wanted"), [(2, 2, 2, 8), (4, 2, None, 8), (1, 1, 5, 5)])
+def test_more_ranks_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, pp: int, tp: int, dp: int | None, wanted: int
+) -> None:
+    gpus(monkeypatch, 4)
+    with pytest.raises(LaunchError) as caught:
+        local.world_size(config(Device.auto, pp, tp, dp))
+    assert str(caught.value) == (
+        f"1. [OCT513] parallel.pp*parallel.tp*parallel.dp={wanted}: this machine shows 4 GPUs and each rank needs its "
+        "own. Use degrees whose product is at most 4, start on more machines with torchrun, or train.device=cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "threads", "already", "found"),
+    [
+        (0, Device.cpu, None, None, "2"),
+        (0, Device.cpu, 3, None, "3"),
+        (4, Device.cuda, None, None, "8"),
+        (0, Device.cpu, None, "7", "7"),
+    ],
+)
+def test_it_becomes_torchrun_with_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, count: int, device: Device, threads: int | None, already: str | None, found: str
+) -> None:
+    gpus(monkeypatch, count)
+    calls: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
+    monkeypatch.setattr(os, "environ", {} if already is None else {"OMP_NUM_THREADS": already})
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    local.start_ranks(4, config(device, threads=threads), ["a=b", "c='d e'"])
+    ((path, argv),) = calls
+    assert path == argv[0] == sys.executable
+    assert argv[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert argv[4:] == ["--nproc-per-node=4", "-m", "engine.train", "a=b", "c='d e'"]
+    assert os.environ["OMP_NUM_THREADS"] == found
+
+
+def test_a_single_rank_meets_itself_on_a_free_port() -> None:
+    env = local.alone()
+    assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == (0, 1, 0, 1)
+    with socket.socket() as probe:
+        probe.bind((env.master_addr, env.master_port))

@@ -1,0 +1,127 @@
+"""What a run says of itself before it starts, which kernel it takes, and the order in which the loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.config import Attention, Config, DataConfig, DType, OptimConfig, OptimizerName, TrainingConfig
+from engine.data import Data
+from engine.dist.context import AxisGroup, ParallelContext
+from engine.errors import ConfigError
+from engine.plan.costs import parameter_counts
+from engine.protocols import StepResult
+from engine.topology.grid import Grid
+from engine.train.describe import describe
+from engine.train.loop import fit
+from engine.train.session import choose_attention
+from tests.helpers.models import preset
+
+CPU = torch.device("cpu")
+
+
+def config(model: str = "gpt_tiny") -> Config:
+    return Config(
+        model=deepcopy(preset(model)),
+        data=DataConfig(source="random", seq_len=128, vocab_size=2000),
+        optim=OptimConfig(lr=0.5, warmup_steps=2),
+        train=TrainingConfig(steps=3, micro_batch=4, accum_steps=3),
+    )
+
+
+def lines(cfg: Config, pp: int, dp: int, tp: int, bounds: list[int]) -> list[str]:
+    ctx = replace(ParallelContext.single(), grid=Grid(pp=pp, dp=dp, tp=tp))
+    return list(describe(cfg, ctx, list(parameter_counts(cfg.model)), bounds, choose_attention(cfg, CPU)))
+
+
+def test_a_run_with_stages_is_described_in_numbers() -> None:
+    # A block of gpt_tiny holds 12 * 128^2 weights, and 4 * 128 + 9 * 128 of norms and biases: 198,272. The tables hold
+    # (2000 + 256) * 128 = 288,768, the last norm 256, the tied head none.
+    assert lines(config(), 2, 2, 2, [0, 3, 8]) == [
+        f"Octant {engine.__version__}: gpt_tiny, 1.08M parameters on 8 ranks = pp 2 x dp 2 x tp 2, CPU",
+        "global batch 24 = micro 4 x accum 3 x dp 2 samples of 128 tokens = 3,072 tokens; ZeRO-1, fp32, adamw",
+        "stage 0: embed.tokens .. block.0, 3 layers, 487k parameters",
+        "stage 1: block.1 .. head, 5 layers, 595k parameters",
+        "attention: sdpa; not sdpa_cudnn: needs a CUDA device",
+    ]
+
+
+def test_without_stages_none_are_listed() -> None:
+    cfg = config("llama_tiny")
+    cfg.zero.stage, cfg.precision.dtype, cfg.optim.name = 3, DType.bf16, OptimizerName.sgd
+    cfg.kernels.attention = Attention.reference
+    first, second, *rest = lines(cfg, 1, 4, 1, [0, 7])
+    assert "4 ranks = pp 1 x dp 4 x tp 1" in first
+    assert second.startswith("global batch 48 = micro 4 x accum 3 x dp 4 ")
+    assert second.endswith("ZeRO-3, bf16, sgd")
+    assert rest == ["attention: reference"]
+
+
+def test_an_attention_that_cannot_run_here_is_refused() -> None:
+    cfg = config()
+    cfg.kernels.attention = Attention.sdpa_cudnn
+    with pytest.raises(ConfigError) as caught:
+        choose_attention(cfg, CPU)
+    assert str(caught.value) == (
+        "1. [OCT330] kernels.attention=sdpa_cudnn: attention=sdpa_cudnn cannot run here (sdpa_cudnn: needs a CUDA "
+        "device). Known: sdpa_cudnn, sdpa, reference, auto. Use kernels.attention=auto"
+    )
+
+
+class FakeSplit:
+    """Gives its arguments as the only micro-batch."""
+
+    num_samples = 8
+
+    def micro_batches(self, batch_index: int, **place: int) -> Iterator[Any]:
+        yield batch_index, place
+
+
+class FakeEngine:
+    """Writes down what it is given; the loss is the number of steps so far."""
+
+    def __init__(self, log: list[Any]) -> None:
+        dp = AxisGroup(rank=1, size=2, ranks=(0, 1), group=None)
+        self.ctx = replace(ParallelContext.single(), dp=dp)
+        self.log = log
+        self.steps = 0
+
+    def train_step(self, batches: Iterable[Any], lr: float) -> StepResult:
+        self.log.append(("train", *batches, lr))
+        self.steps += 1
+        return StepResult(loss=torch.tensor(float(self.steps)), grad_norm=torch.tensor(1.0))
+
+
+class FakeHook:
+    def __init__(self, name: str, log: list[Any]) -> None:
+        self.name, self.log = name, log
+
+    def before_training(self) -> None:
+        self.log.append((self.name, "before"))
+
+    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+        self.log.append((self.name, step, float(result.loss), lr))
+
+    def after_training(self, summary: dict[str, Any]) -> None:
+        self.log.append((self.name, "after", dict(summary)))
+        summary[self.name] = len(summary)
+
+
+def test_the_loop_reads_this_replicas_batches_and_calls_the_hooks_in_order() -> None:
+    log: list[Any] = []
+    data = Data(train=FakeSplit(), valid=None, vocab_size=1, fingerprint="f", folder=Path())  # type: ignore[arg-type]
+    summary = fit(FakeEngine(log), data, config(), [FakeHook("a", log), FakeHook("b", log)])  # type: ignore[arg-type]
+    place = {"dp_rank": 1, "dp": 2, "micro_batch": 4, "accum_steps": 3}
+    expected: list[Any] = [("a", "before"), ("b", "before")]
+    # Two steps of warm-up to the peak, and the first of the decay, which starts at the peak.
+    for step, lr in enumerate((0.25, 0.5, 0.5)):
+        expected += [("train", (step, place), lr), ("a", step + 1, step + 1.0, lr), ("b", step + 1, step + 1.0, lr)]
+    assert log == [*expected, ("a", "after", {}), ("b", "after", {"a": 0})]
+    assert summary == {"a": 0, "b": 1}
