@@ -2,7 +2,7 @@
 
 python -m benchmarks.step.run OUT_FOLDER --commit HASH [--accum 1,8] [--rounds 2] [overrides of engine.train]
 
-Writes rows.jsonl (step time, tokens/s, MFU, peak memory, losses of both) and breakdown.json (one profiled run of each).
+Writes rows.jsonl: step time, tokens/s, MFU, peak memory and losses of both, and where a profiled step's time goes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from engine.plan.costs import flops_per_token
 WARMUP = 8
 """Steps left out: compilation, allocator, autotuning."""
 STEPS = {1: 38, 8: 28}
+_MODULES = {"octant": "engine.train", "plain": "benchmarks.step.plain OUT.json"}
 PROFILED = ["profile.start=8", "profile.steps=2", "train.steps=10"]
 
 
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> None:
         for system, runs in found.items():
             append(options.out / "rows.jsonl", [_row(system, runs, cfg, words, hardware, options.commit)])
     if not options.no_profile:
-        _profile(options.out, overrides)
+        case = _case(load(["experiment=gpt_1_3b_h200", *overrides, "train.accum_steps=1"]))
+        _profile(options.out, overrides, case, hardware, options.commit)
 
 
 def _run(system: str, words: list[str], out: Path, profile: Path | None = None) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _row(
     peak = peak_flops(hardware)
     causal, full = flops_per_token(cfg.model, cfg.data.seq_len)
     entry = row(
-        case=f"{cfg.model.name} seq {cfg.data.seq_len} micro {cfg.train.micro_batch} accum {cfg.train.accum_steps}",
+        case=_case(cfg),
         system=system,
         metric="step",
         unit="s",
@@ -108,9 +110,7 @@ def _row(
         peak_memory_gib=max(run["peak_memory_gib"] for run in runs),
         losses={str(step): runs[0]["losses"][step - 1] for step in (1, 10, 20, len(runs[0]["losses"]))},
         config_hash=config_hash(cfg),
-        command=f"python -m engine.train {' '.join(words)}"
-        if system == "octant"
-        else "python -m benchmarks.step.plain",
+        command=f"python -m {_MODULES[system]} {' '.join(words)}",
     )
     print(
         f"{entry['case']} {system}: p50 {entry['p50'] * 1e3:.1f} ms, {entry['tokens_per_s']:.0f} tok/s, "
@@ -120,7 +120,11 @@ def _row(
     return entry
 
 
-def _profile(out: Path, overrides: list[str]) -> None:
+def _case(cfg: Config) -> str:
+    return f"{cfg.model.name} seq {cfg.data.seq_len} micro {cfg.train.micro_batch} accum {cfg.train.accum_steps}"
+
+
+def _profile(out: Path, overrides: list[str], case: str, hardware: str, commit: str) -> None:
     """Two profiled steps of each system at accumulation 1."""
     tables = {}
     for system in ("octant", "plain"):
@@ -128,7 +132,9 @@ def _profile(out: Path, overrides: list[str]) -> None:
         words = ["experiment=gpt_1_3b_h200", *overrides, "train.accum_steps=1", *PROFILED]
         _run(system, words, out, folder)
         tables[system] = breakdown(folder / "trace.json", steps=2)
-    (out / "breakdown.json").write_text(json.dumps(tables, indent=1) + "\n")
+        (folder / "trace.json").unlink()
+        facts = {"case": case, "system": system, "metric": "breakdown of a profiled step", "unit": "ms", "n": 2}
+        append(out / "rows.jsonl", [facts | {"values": tables[system], "hardware": hardware, "commit": commit}])
     names = sorted({name for table in tables.values() for name in table}, key=lambda n: -tables["octant"].get(n, 0.0))
     print(f"{'ms per step':32} {'octant':>8} {'plain':>8}")
     for name in names:

@@ -81,7 +81,7 @@ def _never_nothing(original: Callable[..., Any], ctx: ParallelContext, for_clipp
 
 
 def _counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
-    """Whether this rank counts the parameter in a norm: slices always, whole tensors on tp rank 0, tied copies never."""
+    """Whether this rank counts it in a norm: slices always, whole tensors on tp rank 0, tied copies never."""
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
     return logical_of(parameter).dim is not None or ctx.tp.is_first

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from engine.config import launch_env, rules
 from engine.config.load import HelpRequested, load
 from engine.errors import EngineError, LaunchError
+
+SILENT_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +38,9 @@ def main(argv: list[str]) -> int:
         speaks = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
         if speaks or isinstance(error, LaunchError):
             print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
+        else:
+            # A launcher kills the other ranks when the first one leaves: let it be one that speaks.
+            time.sleep(SILENT_WAIT_S)
         return error.exit_code
     return 0
 

@@ -41,7 +41,8 @@ def clean_env(extra: Mapping[str, str] | None = None, *, path: Sequence[Path] = 
     dropped = {*_LAUNCH_NAMES, *_OTHERS}
     env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(_LAUNCH_PREFIXES)}
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
-    env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (*path, ROOT, ROOT / "kernels"))
+    inherited = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, (*path, ROOT, ROOT / "kernels")), *inherited])
     return env | dict(extra or {})
 
 

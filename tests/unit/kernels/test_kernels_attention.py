@@ -115,7 +115,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(fn: AttentionFn) -> None:
     q, k, v, _ = inputs(7, 6, torch.float32)
     torch.manual_seed(0)
     plain = fn(q, k, v, causal=False)
-    drawn = torch.stack([fn(q, k, v, causal=False, dropout=0.25) for _ in range(400)])
+    drawn = torch.stack([fn(q, k, v, causal=False, dropout=0.25) for _ in range(100)])
     assert not torch.equal(drawn[0], drawn[1])
-    # Five standard errors of the mean over 400 draws, at each element.
-    assert ((drawn.mean(0) - plain).abs() <= 5 * drawn.std(0) / 20 + 1e-6).all()
+    # Five standard errors of the mean over 100 draws, at each element.
+    assert ((drawn.mean(0) - plain).abs() <= 5 * drawn.std(0) / 10 + 1e-6).all()

@@ -96,9 +96,14 @@ def test_bf16_logits_lose_nothing_but_their_own_rounding(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_given_logits_are_not_overwritten(size: int) -> None:
     logits, labels = inputs()
-    kept = logits.clone()
-    cut(logits, labels, size)
-    assert torch.equal(logits, kept)
+
+    def rank(tp: AxisGroup) -> None:
+        mine = logits.chunk(size, dim=-1)[tp.rank].clone()
+        kept = mine.clone()
+        vocab_parallel_cross_entropy(mine, labels, vocab_size=V, tp=tp)
+        assert torch.equal(mine, kept)
+
+    on_tp_ranks(rank, size)
 
 
 @pytest.mark.parametrize(("size", "masked"), [(1, [11]), (2, [0, 11]), (4, [0, 0, 5, 6]), (8, [0] * 4 + [2, 3, 3, 3])])

@@ -139,6 +139,7 @@ def test_a_refusal_is_heard_from_who_may_be_alone_with_it(
         raise error.of(600, "option", "value", "rule", "way out")
 
     monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(train, "SILENT_WAIT_S", 0.0)
     environ.update(RANK_0, RANK=rank, LOCAL_RANK=local_rank)
     assert train.main(["experiment=first_light"]) == 2
     assert ("option=value: rule. way out" in capsys.readouterr().err) is heard
