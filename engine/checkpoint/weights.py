@@ -25,25 +25,48 @@ INDEX = "weights.safetensors.index.json"
 def save_weights(engine: Engine, folder: Path) -> None:
     """Write the fp32 master weights of every logical tensor into `folder`. Collective; complete or not there at all.
 
-    The first tensor-parallel rank of the first replica writes its stage's shard; nobody holds the whole model.
+    The first tensor-parallel rank of the first replica holds and writes its stage's shard.
+
+    Raises:
+        CheckpointError: 615 some rank could not write; raised on every rank.
     """
     ctx = engine.ctx
     partial = folder.with_name(f"{folder.name}.partial")
-    if ctx.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    tensors = {logical.name: full for logical, full in gather_over_tp(engine.parameters(), ctx)}
+    gathered = gather_over_tp(engine.parameters(), ctx)
+    # Every replica takes part in the gathering, one keeps what comes out.
+    tensors = {logical.name: full.contiguous() for logical, full in gathered if ctx.dp.is_first}
     shard = f"weights-{ctx.pp.rank + 1:05d}-of-{ctx.pp.size:05d}.safetensors"
-    if tensors and ctx.dp.is_first:
-        save_file({name: full.contiguous() for name, full in tensors.items()}, partial / shard)
-    names: list[tuple[str, list[str], int] | None] = [None] * dist.get_world_size()
+    trouble = ""
+    if tensors:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial / shard)
+        except (OSError, SafetensorError) as error:
+            trouble = f"rank {ctx.rank}: {error}"
     size = sum(full.numel() * full.element_size() for full in tensors.values())
-    writes = bool(tensors) and ctx.dp.is_first
-    dist.all_gather_object(names, (shard, list(tensors), size) if writes else None)
+    written: list[tuple[str, list[str], int]] = [("", [], 0)] * dist.get_world_size()
+    dist.all_gather_object(written, (trouble or shard, [] if trouble else list(tensors), size))
+    _require_written([what for what, names, total in written if total and not names], folder)
     if ctx.is_main:
-        _commit(folder, partial, [entry for entry in names if entry is not None])
-    dist.barrier()
+        try:
+            _commit(folder, partial, [entry for entry in written if entry[1]])
+        except OSError as error:
+            trouble = f"rank 0: {error}"
+    outcome = [trouble]
+    dist.broadcast_object_list(outcome, src=0)
+    _require_written([line for line in outcome if line], folder)
+
+
+def _require_written(troubles: list[str], folder: Path) -> None:
+    """Refuse a save of which some rank could not write its part (615)."""
+    if troubles:
+        raise CheckpointError.of(
+            615,
+            "run.dir",
+            folder.parent,
+            f"the weights could not be written ({'; '.join(troubles)})",
+            "Free space, or point run.dir to a folder that all hosts share and may write",
+        )
 
 
 def _commit(folder: Path, partial: Path, entries: list[tuple[str, list[str], int]]) -> None:

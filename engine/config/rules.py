@@ -44,7 +44,7 @@ def check(cfg: Config, world_size: int) -> list[Violation]:
 
 
 def _model_on_grid(cfg: Config, world_size: int) -> list[Violation]:
-    """Tensor parallelism cuts heads and feed-forward evenly (204..206); a stage holds at least one block (207)."""
+    """Tensor parallelism cuts heads and feed-forward evenly (204..206); stages are no more than blocks (207)."""
     model, pp, tp = cfg.model, cfg.parallel.pp, cfg.parallel.tp
     cut = [
         (204, "num_heads", model.num_heads, "query heads"),
@@ -69,7 +69,7 @@ def _model_on_grid(cfg: Config, world_size: int) -> list[Violation]:
                 code=207,
                 option="parallel.pp",
                 value=pp,
-                rule=f"{model.num_layers} blocks cannot fill pp({pp}) stages, each holds at least one",
+                rule=f"pp({pp}) stages are more than the {model.num_layers} blocks of the model",
                 way_out=f"Nearest legal: {nearest_pairs(pp, tp, world_size, model)}, or model.num_layers={pp}",
             )
         )
@@ -190,15 +190,16 @@ def _optim(cfg: Config) -> list[Violation]:
 def _combinations(cfg: Config) -> list[Violation]:
     """What DeepSpeed (314) and torch.compile (315) cannot do together with a ZeRO stage."""
     found = []
-    precision, stage = cfg.precision, cfg.zero.stage
-    if stage == 0 and precision.dtype is DType.bf16 and precision.grad_accum is DType.fp32:
+    stage = cfg.zero.stage
+    if stage == 0 and cfg.precision.dtype is DType.bf16:
         found.append(
             Violation(
                 code=314,
                 option="zero.stage",
                 value=stage,
-                rule="only DeepSpeed's ZeRO optimizers add up the gradients of a bf16 model in fp32",
-                way_out="Use zero.stage=1, or precision.grad_accum=bf16",
+                rule="for a bf16 model only DeepSpeed's ZeRO optimizers add up gradients in fp32 and count every "
+                "parameter in the clip norm",
+                way_out="Use zero.stage=1, which with dp=1 shards nothing, or precision.dtype=fp32",
             )
         )
     if stage == 3 and cfg.kernels.compile is Switch.on:

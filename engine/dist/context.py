@@ -28,10 +28,6 @@ class AxisGroup:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    @property
-    def is_last(self) -> bool:
-        return self.rank == self.size - 1
-
 
 SINGLE = AxisGroup(rank=0, size=1, ranks=(0,), group=None)
 """The axis of a process that is alone on it."""

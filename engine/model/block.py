@@ -29,13 +29,19 @@ def residual_std(cfg: ModelConfig) -> float:
 class Attention(nn.Module):
     """Causal self-attention, multi-head or grouped-query (arXiv 2305.13245); heads are cut over the tp axis."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, attention: AttentionFn, rotary: RotaryTable | None) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tp: AxisGroup,
+        attention: AttentionFn,
+        rotary: RotaryTable | None,
+        rng: ShardedRng | None,
+    ) -> None:
         super().__init__()
         self.head_dim, self.dropout = head_dim(cfg), cfg.attention_dropout
         self.query_size = cfg.num_heads * self.head_dim // tp.size
         self.kv_size = kv_heads(cfg) * self.head_dim // tp.size
-        self.attention, self.rotary = attention, rotary
-        self.rng = ShardedRng(tp) if cfg.attention_dropout > 0 else None
+        self.attention, self.rotary, self.rng = attention, rotary, rng
         query, kv = cfg.num_heads * self.head_dim, kv_heads(cfg) * self.head_dim
         self.qkv = ColumnParallelLinear(
             cfg.hidden_size,
@@ -88,11 +94,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both sublayers' outputs."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, attention: AttentionFn, rotary: RotaryTable | None) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tp: AxisGroup,
+        attention: AttentionFn,
+        rotary: RotaryTable | None,
+        rng: ShardedRng | None,
+    ) -> None:
         super().__init__()
         self.dropout = cfg.dropout
         self.attention_norm = make_norm(cfg)
-        self.attention = Attention(cfg, tp, attention, rotary)
+        self.attention = Attention(cfg, tp, attention, rotary, rng)
         self.mlp_norm = make_norm(cfg)
         self.mlp = MLP(cfg, tp)
 

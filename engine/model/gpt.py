@@ -11,6 +11,7 @@ from engine.config.derived import head_dim, padded_vocab
 from engine.config.enums import Positions
 from engine.config.schema import ModelConfig
 from engine.dist.context import ParallelContext
+from engine.dist.rng import ShardedRng
 from engine.model.block import Block
 from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
@@ -54,8 +55,10 @@ def build_layers(cfg: ModelConfig, ctx: ParallelContext, attention: AttentionFn)
     """
     tp = ctx.tp
     padded = padded_vocab(cfg, tp.size)
+    # Learned positions drop after adding themselves; with rotary positions the embedding itself does.
+    dropout = 0.0 if cfg.positions is Positions.learned else cfg.dropout
     table, head = (
-        partial(kind, cfg.vocab_size, cfg.hidden_size, padded=padded, tp=tp, init_std=cfg.init_std)
+        partial(kind, cfg.vocab_size, cfg.hidden_size, padded=padded, tp=tp, init_std=cfg.init_std, dropout=dropout)
         for kind in (VocabParallelEmbedding, VocabParallelHead)
     )
     rotary = None
@@ -64,9 +67,9 @@ def build_layers(cfg: ModelConfig, ctx: ParallelContext, attention: AttentionFn)
         layers.append(LayerDef("embed.positions", partial(LearnedPositions, cfg)))
     else:
         rotary = RotaryTable(cfg.max_positions, head_dim(cfg), cfg.rotary_base, ctx.device)
-        if cfg.dropout > 0:
-            layers.append(LayerDef("embed.dropout", partial(nn.Dropout, cfg.dropout)))
-    block = partial(Block, cfg, tp, attention, rotary)
+    # One stream for all blocks: with one each, every block would drop the same attention weights.
+    rng = ShardedRng(tp) if cfg.attention_dropout > 0 else None
+    block = partial(Block, cfg, tp, attention, rotary, rng)
     layers += [LayerDef(f"block.{i}", block) for i in range(cfg.num_layers)]
     layers.append(LayerDef("final_norm", partial(make_norm, cfg)))
     if cfg.tied_head:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
 from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 from engine.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+
+_locks: list[TextIO] = []
+"""Open lock files: the kernel drops a lock when its file is closed."""
 
 OWNED = (
     METRICS_FILE,
@@ -17,6 +23,7 @@ OWNED = (
     "environment.json",
     "loss.png",
     "weights",
+    "weights.partial",
     "summary.json",
     "profile",
 )
@@ -30,9 +37,10 @@ def open_run_folder(dir: str, name: str, overwrite: bool) -> Path:
         overwrite: remove the results of an earlier run of that name; files that Octant does not write stay.
 
     Raises:
-        CheckpointError: see `usable_run_folder`.
+        CheckpointError: 604 another process is writing there; see also `usable_run_folder`.
     """
     folder = usable_run_folder(dir, name, overwrite)
+    _hold(folder, name)
     if overwrite:
         try:
             _remove_owned(folder)
@@ -64,6 +72,24 @@ def usable_run_folder(dir: str, name: str, overwrite: bool) -> Path:
     except OSError as error:
         raise _not_writable(dir, folder, error) from error
     return folder
+
+
+def _hold(folder: Path, name: str) -> None:
+    """Keep other runs out of the folder until this process ends; where the file system knows no locks, do without."""
+    lock = (folder / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError.of(
+            604,
+            "run.name",
+            name,
+            f"another run is writing into {folder}",
+            f"Use run.name={_free_name(folder.parent, name)}, or wait for it to end",
+        ) from error
+    except OSError:
+        pass
+    _locks.append(lock)
 
 
 def _not_writable(dir: str, folder: Path, error: OSError) -> Exception:

@@ -17,24 +17,29 @@ class VocabParallelEmbedding(nn.Module):
     never looked up, and masked by the loss, so that their gradient is exactly zero.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, padded: int, tp: AxisGroup, init_std: float) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, padded: int, tp: AxisGroup, init_std: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.dropout = tp, dropout
         self.rows = padded // tp.size
         self.first_row = self.rows * tp.rank
         logical = LogicalTensor((vocab_size, hidden_size), dim=0, padded=padded, init_std=init_std)
         self.weight = make_parameter((self.rows, hidden_size), logical)
 
     def forward(self, x: Tensor, *, project: bool = False) -> Tensor:
-        """Token numbers (B, S) int64 -> (B, S, D), equal on all ranks; with `project` as `logits`.
+        """Token numbers (B, S) int64 -> (B, S, D), dropped, equal on all ranks; with `project` as `logits`.
 
         Both parts go through `forward`, because ZeRO-3 gathers a module's parameters when the module is called.
         """
         if project:
             return self.logits(x)
+        return F.dropout(self._look_up(x), self.dropout, self.training)
+
+    def _look_up(self, tokens_BS: Tensor) -> Tensor:
         if self.tp.group is None:
-            return F.embedding(x, self.weight)
-        local = x - self.first_row
+            return F.embedding(tokens_BS, self.weight)
+        local = tokens_BS - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
         x_BSD = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return sum_over_axis(x_BSD.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tp)

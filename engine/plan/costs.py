@@ -17,8 +17,6 @@ def parameter_counts(model: ModelConfig) -> dict[str, int]:
     counts = {"embed.tokens": model.vocab_size * model.hidden_size}
     if model.positions is Positions.learned:
         counts["embed.positions"] = model.max_positions * model.hidden_size
-    elif model.dropout > 0:
-        counts["embed.dropout"] = 0
     block = _block_parameters(model)
     counts.update({f"block.{i}": block for i in range(model.num_layers)})
     counts["final_norm"] = _norm_parameters(model)

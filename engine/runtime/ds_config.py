@@ -51,7 +51,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
 def clips_itself(cfg: Config) -> bool:
     """Whether DeepSpeed clips by the global norm on its own, correctly in every layout.
 
-    Without ZeRO and in fp32 it does not: its norm leaves out replicated parameters of later pipeline stages, counts a
+    Without ZeRO it does not: its norm leaves out replicated parameters of later pipeline stages, counts a
     tied weight once per stage, and is not reported.
     """
-    return cfg.zero.stage > 0 or cfg.precision.dtype is DType.bf16
+    return cfg.zero.stage > 0

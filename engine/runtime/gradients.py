@@ -22,11 +22,11 @@ def owned(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
     return (p for p in parameters if not getattr(p, "ds_pipe_replicated", False))
 
 
-def full_gradient(parameter: nn.Parameter, zero_stage: int, partitioned: bool) -> Tensor:
+def full_gradient(parameter: nn.Parameter, zero_stage: int) -> Tensor:
     """The averaged gradient of this rank's tensor-parallel slice, fp32, whole over dp. Collective over dp."""
     if zero_stage == 3:
         return parameter._z3_optimizer.get_fp32_grad_for_param(parameter).float()  # type: ignore[attr-defined]
-    if partitioned:
+    if zero_stage > 0:
         return parameter.get_full_hp_grad()  # type: ignore[attr-defined]
     assert parameter.grad is not None, f"{logical_of(parameter).name} has no gradient"
     return parameter.grad.float()
@@ -90,6 +90,8 @@ def _counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx: ParallelContext) -> Tensor:
     """Scale `.grad` in place so that the global L2 norm is at most `max_norm` (0: only measure). Returns the norm.
 
+    With a norm that is not finite the gradients are dropped, so that the step changes nothing.
+
     Each logical element counts once: slices on every tp rank, whole tensors on the first, tied copies never. The
     replicas hold equal gradients, so the sum runs over one replica. It runs in fp64, as DeepSpeed's own: torch's fp32
     norm of a large tensor on the CPU is off by 1e-6 and more.
@@ -101,7 +103,11 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx
     if ctx.replica.group is not None:
         dist.all_reduce(total, group=ctx.replica.group)
     norm = total.sqrt()
-    if max_norm > 0:
+    if not norm.isfinite():
+        # As DeepSpeed's ZeRO optimizers do: an optimizer passes over parameters without a gradient.
+        for parameter in parameters:
+            parameter.grad = None
+    elif max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
     return norm.float()

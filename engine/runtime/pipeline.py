@@ -14,7 +14,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
-from engine.config.enums import DType
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.gpt import NextTokenLoss
@@ -147,9 +146,7 @@ class PipelineRunner:
 
     def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.gradients`."""
-        stage = self._cfg.zero.stage
-        partitioned = stage > 0 or self._cfg.precision.dtype is DType.bf16
-        value = partial(gradients.full_gradient, zero_stage=stage, partitioned=partitioned)
+        value = partial(gradients.full_gradient, zero_stage=self._cfg.zero.stage)
         return gradients.read(self._ds.module.parameters(), value)
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:

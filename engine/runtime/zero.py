@@ -88,8 +88,7 @@ class ZeroRunner:
 
     def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.gradients`."""
-        stage = self._cfg.zero.stage
-        value = partial(gradients.full_gradient, zero_stage=stage, partitioned=stage > 0)
+        value = partial(gradients.full_gradient, zero_stage=self._cfg.zero.stage)
         return gradients.read(self._ds.module.parameters(), value)
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.config import rules
 from engine.config.enums import Activation, DType, Norm, OptimizerName, Positions, ScheduleName, Switch, WandbMode
 from engine.config.schema import Config
+from engine.errors import Violation
 
 GLOBAL_BATCH = 32
 """Samples in every case's global batch, whatever the layout: micro_batch takes what dp and accumulation leave."""
@@ -96,6 +97,11 @@ def enumerate_cases(
                 ):
                     if GLOBAL_BATCH % (case.dp * case.accum) == 0 and not rules.check(configure(base, case), world):
                         yield case
+
+
+def refusal(base: Config, case: Case) -> list[Violation]:
+    """Why `case` cannot run."""
+    return rules.check(configure(base, case), case.world)
 
 
 def covering_subset(cases: Sequence[Case]) -> list[Case]:

@@ -10,7 +10,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from engine.config.load import load
 from engine.config.schema import Config
 from engine.data import prepare
 from engine.dist.context import ParallelContext
-from engine.dist.init import resolve_device_type
-from engine.dist.spawn import run_ranks
-from engine.errors import LaunchError
+from engine.dist.init import resolve_device_type, set_numerics
+from engine.dist.spawn import RankFailure, run_ranks
+from engine.errors import ConfigError, LaunchError
 from engine.observe.environment import environment
 from engine.observe.log import quiet_libraries, say
 from engine.observe.progress import human_time
-from engine.study.cases import FLAVOURS, Case, configure, covering_subset, enumerate_cases
+from engine.study.cases import FLAVOURS, Case, configure, covering_subset, enumerate_cases, refusal
 from engine.study.measure import Comparison, Measured, compare, measure_ranks, measure_reference
 from engine.topology.grid import Grid
 
@@ -41,10 +41,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the study; 0 when every case agrees, 1 on any miss."""
     options, overrides = _parse(argv)
     base = load([*DEFAULTS, *overrides])
+    worlds = _possible(options.worlds, resolve_device_type(base.train.device))
     cases = list(
         enumerate_cases(
             base,
-            worlds=options.worlds,
+            worlds=worlds,
             pp=options.pp,
             tp=options.tp,
             zero=options.zero,
@@ -56,15 +57,21 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         cases = covering_subset(cases)
     if not cases:
+        smallest = Case(1, 1, 1, 0, 1, options.flavours[0], options.tied[0] == "tied")
+        found = refusal(base, smallest)
+        if found:
+            raise ConfigError(found)
         raise LaunchError.of(
             521, "parity", " ".join(argv), "no combination of the asked values is legal", "Widen --worlds, --pp or --tp"
         )
     quiet_libraries(base.logging.verbose)
     prepare(base.data, say)
-    rows = run_cases(base, cases, timeout_s=options.timeout)
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(), "limits": limits(), "cases": rows}
-    Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    path = Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"environment": environment(), "limits": limits()}
+    rows: list[dict[str, Any]] = []
+    for rows in run_cases(base, cases, timeout_s=options.timeout):
+        path.write_text(json.dumps(facts | {"cases": rows}, indent=1) + "\n")
     return _conclude(rows, options.json)
 
 
@@ -80,8 +87,10 @@ def run_cases(
     timeout_s: float,
     before_case: Callable[[], None] | None = None,
     show: Callable[[str], None] = say,
-) -> list[dict[str, Any]]:
-    """Measure and judge `cases`; one row each, in order.
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure and judge `cases`; after each grid, the rows of all cases so far, one each, in order.
+
+    A grid whose ranks fail or hang fails its cases with the reason; the others go on.
 
     Args:
         before_case: called on every rank before it builds an engine; tests plant faults with it.
@@ -95,32 +104,40 @@ def run_cases(
     for (world, pp, tp), group in groupby(cases, key=lambda case: (case.world, case.pp, case.tp)):
         same_grid = list(group)
         grid = Grid(pp=pp, dp=world // (pp * tp), tp=tp)
-        found = run_ranks(
-            _rank_cases,
-            world,
-            (
-                base,
-                same_grid,
-                {c.model_key: references[c.model_key] for c in same_grid},
-                grid,
-                device_type,
-                before_case,
-            ),
-            backend="nccl" if device_type == "cuda" else "gloo",
-            timeout_s=timeout_s * (len(same_grid) + 1),
-            preload=PRELOAD,
-        )[0]
+        mine = {case.model_key: references[case.model_key] for case in same_grid}
+        try:
+            found = run_ranks(
+                _rank_cases,
+                world,
+                (base, same_grid, mine, grid, device_type, before_case),
+                backend="nccl" if device_type == "cuda" else "gloo",
+                timeout_s=timeout_s * (len(same_grid) + 1),
+                preload=PRELOAD,
+            )[0]
+        except RankFailure as error:
+            show(str(error))
+            found = [Comparison(problems=["its ranks failed or hung, see above"]) for _ in same_grid]
         for case, comparison in zip(same_grid, found, strict=True):
             rows.append(_judge(case, comparison))
             show(_line(case, comparison, rows[-1]))
         left = (time.perf_counter() - start) / len(rows) * (len(cases) - len(rows))
         if left > 0:
             show(f"  {len(rows)}/{len(cases)} cases, {human_time(left)} left")
-    return rows
+        yield rows
+
+
+def _possible(worlds: Sequence[int], device_type: str) -> list[int]:
+    """The numbers of ranks that this machine can start: on GPUs at most one for each."""
+    gpus = torch.cuda.device_count() if device_type == "cuda" else max(worlds)
+    left_out = [world for world in worlds if world > gpus]
+    if left_out:
+        say(f"parity: {gpus} GPUs here, so no layouts of {left_out} ranks; train.device=cpu runs them on the CPU")
+    return [world for world in worlds if world <= gpus]
 
 
 def _references(base: Config, cases: Sequence[Case], device_type: str) -> dict[str, Measured]:
     """The oracle's measurement of each model, on this process's CPU or first GPU."""
+    set_numerics(torch.device(device_type), None, 1, tf32=False)
     chosen = {case.model_key: case for case in reversed(cases)}
     return {
         key: measure_reference(configure(base, Case(1, 1, 1, 0, 1, case.flavour, case.tied)), torch.device(device_type))
@@ -139,6 +156,7 @@ def _rank_cases(
     """Body of one rank: all cases of one grid. Only rank 0's comparisons mean anything."""
     quiet_libraries(base.logging.verbose)
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    set_numerics(device, 1, grid.world_size, tf32=False)
     ctx = ParallelContext.create(grid, device)
     found = []
     for case in cases:
@@ -185,8 +203,14 @@ def _conclude(rows: Sequence[dict[str, Any]], path: str) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+    def at_least(low: int) -> Callable[[str], list[int]]:
+        def numbers(text: str) -> list[int]:
+            found = [int(part) for part in text.split(",")]
+            if min(found) < low:
+                raise argparse.ArgumentTypeError(f"{min(found)} is below {low}")
+            return found
+
+        return numbers
 
     def words(*known: str) -> Callable[[str], list[str]]:
         def split(text: str) -> list[str]:
@@ -202,11 +226,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Compare every layout's raw gradients and five SGD steps with one process, in fp32. "
         "Everything that is not an option is an override of the configuration, such as model=gpt_tiny.",
     )
-    parser.add_argument("--worlds", type=numbers, default=[1, 2, 4, 8], help="numbers of ranks (default 1,2,4,8)")
-    parser.add_argument("--pp", type=numbers, default=[1, 2, 4], help="pipeline stages (default 1,2,4)")
-    parser.add_argument("--tp", type=numbers, default=[1, 2, 4], help="tensor-parallel ranks (default 1,2,4)")
-    parser.add_argument("--zero", type=numbers, default=[0, 1, 2, 3], help="ZeRO stages (default 0,1,2,3)")
-    parser.add_argument("--accum", type=numbers, default=[1, 4], help="accumulation steps (default 1,4)")
+    parser.add_argument("--worlds", type=at_least(1), default=[1, 2, 4, 8], help="numbers of ranks (default 1,2,4,8)")
+    parser.add_argument("--pp", type=at_least(1), default=[1, 2, 4], help="pipeline stages (default 1,2,4)")
+    parser.add_argument("--tp", type=at_least(1), default=[1, 2, 4], help="tensor-parallel ranks (default 1,2,4)")
+    parser.add_argument("--zero", type=at_least(0), default=[0, 1, 2, 3], help="ZeRO stages (default 0,1,2,3)")
+    parser.add_argument("--accum", type=at_least(1), default=[1, 4], help="accumulation steps (default 1,4)")
     parser.add_argument("--flavours", type=words(*FLAVOURS), default=list(FLAVOURS), help="gpt2,llama")
     parser.add_argument("--tied", type=words("tied", "untied"), default=["tied", "untied"], help="tied,untied")
     parser.add_argument("--quick", action="store_true", help="a subset that covers every pair of values")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.config.layout import layout_violations, legal_pairs
-from engine.config.schema import ModelConfig, ParallelConfig
+from engine.config.layout import layout_violations
+from engine.config.schema import ParallelConfig
 from engine.errors import TopologyError, Violation
 
 AXIS_ORDER = ("pp", "dp", "tp")
@@ -101,17 +101,3 @@ class Grid:
             coord = self.coord(rank)
             found[tuple(getattr(coord, axis) for axis in fixed)].append(rank)
         return list(found.values())
-
-    def group_of(self, rank: int, *axes: str) -> list[int]:
-        """The group of `groups(*axes)` that holds `rank`."""
-        self.coord(rank)
-        return next(group for group in self.groups(*axes) if rank in group)
-
-    def stage_group(self, stage: int) -> list[int]:
-        """Every rank that holds pipeline stage `stage`: all replicas and tensor-parallel shards of it."""
-        return self.group_of(self.rank(pp=stage, dp=0, tp=0), "dp", "tp")
-
-
-def legal_layouts(model: ModelConfig, world_size: int) -> list[Grid]:
-    """Every grid of `world_size` ranks that `model` can be cut into, by ascending pp, then tp."""
-    return [Grid(pp=pp, dp=world_size // (pp * tp), tp=tp) for pp, tp in legal_pairs(world_size, model)]

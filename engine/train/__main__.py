@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 
 from engine.config import launch_env, rules
 from engine.config.load import HelpRequested, load
 from engine.errors import EngineError, LaunchError
+from engine.observe.log import is_main
 
 SILENT_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 trained, 2 refused (the reasons are on stderr)."""
+    """Exit code: 0 trained, 1 failed, 2 refused (the reasons are on stderr)."""
     try:
         cfg = load(argv)
         env = launch_env.read(os.environ)
@@ -35,13 +37,18 @@ def main(argv: list[str]) -> int:
         print(asked)
     except EngineError as error:
         # A launch can be wrong for one rank alone, and a file missing on one host; the rest every rank finds alike.
-        speaks = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK"))
+        speaks = is_main() or "0" in (os.environ.get("LOCAL_RANK"), os.environ.get("SLURM_LOCALID"))
         if speaks or isinstance(error, LaunchError):
             print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
         else:
             # A launcher kills the other ranks when the first one leaves: let it be one that speaks.
             time.sleep(SILENT_WAIT_S)
         return error.exit_code
+    except Exception:
+        # Leaving a process group that others still use can wait for them, and hide the reason: say it and go.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engine.config.schema import Config
 from engine.data import Data
 from engine.observe.flops import mfu, peak_flops
 from engine.observe.folder import METRICS_FILE
-from engine.observe.log import say
+from engine.observe.log import say, warn
 from engine.observe.plot import plot_losses
 from engine.observe.progress import Progress
 from engine.observe.sinks import Fanout, JsonlSink, MetricSink, WandbSink
@@ -60,6 +61,8 @@ class Metrics(_Quiet):
         if step % self._cfg.logging.every and step != self._cfg.train.steps:
             return
         metrics = {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr": lr}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            warn(f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: no update of the weights")
         now = time.perf_counter()
         step_s = (now - self._since - self.excluded_s) / self._steps_since
         for _ in range(self._steps_since):
@@ -163,11 +166,10 @@ class Weights(_Quiet):
 
     def after_training(self, summary: dict[str, Any]) -> None:
         save_weights(self._engine, self._folder)
-        summary["weights"] = self._folder.name
 
 
 class Results(_Quiet):
-    """Closes the sinks, draws the losses and writes `summary.json`. Rank 0, last."""
+    """Closes the sinks, draws the losses and writes `summary.json`. Rank 0."""
 
     def __init__(self, cfg: Config, folder: Path, sink: MetricSink) -> None:
         self._cfg, self._folder, self._sink = cfg, folder, sink
@@ -197,8 +199,8 @@ def standard_hooks(engine: Engine, data: Data, cfg: Config, folder: Path, config
         hooks.append(Validation(engine, data, cfg, sink, metrics))
     if main and cfg.profile.steps:
         hooks.append(Profile(cfg, folder / "profile"))
-    if cfg.checkpoint.save_final:
-        hooks.append(Weights(engine, folder / "weights"))
     if main:
         hooks.append(Results(cfg, folder, sink))
+    if cfg.checkpoint.save_final:
+        hooks.append(Weights(engine, folder / "weights"))
     return hooks

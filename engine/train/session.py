@@ -21,7 +21,7 @@ from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
 from engine.dist.rng import seed_everything
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.model.gpt import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
@@ -73,7 +73,7 @@ def choose_attention(cfg: Config, device: torch.device) -> Choice:
         ConfigError: the one asked for cannot run here.
     """
     dtype = torch.bfloat16 if cfg.precision.dtype is DType.bf16 else torch.float32
-    situation = Situation(device, dtype, head_dim=head_dim(cfg.model), dropout=cfg.model.attention_dropout)
+    situation = Situation(device, dtype, head_dim=head_dim(cfg.model))
     try:
         return choose("attention", str(cfg.kernels.attention), situation)
     except KernelUnavailable as error:
@@ -114,7 +114,25 @@ def open_folder(cfg: Config) -> Path:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise CheckpointError(outcome[0])
-    return Path(cfg.run.dir) / cfg.run.name
+    folder = Path(cfg.run.dir) / cfg.run.name
+    if cfg.checkpoint.save_final:
+        _require_shared(folder)
+    return folder
+
+
+def _require_shared(folder: Path) -> None:
+    """Refuse at the start what would otherwise lose the weights at the end (603)."""
+    seen = [True] * dist.get_world_size()
+    dist.all_gather_object(seen, (folder / "config.yaml").is_file())
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise CheckpointError.of(
+            603,
+            "run.dir",
+            folder.parent,
+            f"ranks {blind} do not see {folder}, which rank 0 made, and every stage writes its weights there",
+            "Point run.dir to a folder that all hosts share, or use checkpoint.save_final=false",
+        )
 
 
 def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
@@ -133,6 +151,9 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
         ctx = ParallelContext.create(grid, device)
         engine = build_engine(cfg, ctx)
         hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
-        return fit(engine, data, cfg, hooks)
-    finally:
+        summary = fit(engine, data, cfg, hooks)
+    except EngineError:
         init.shutdown()
+        raise
+    init.shutdown()
+    return summary

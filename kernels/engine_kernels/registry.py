@@ -16,7 +16,6 @@ class Situation:
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 0
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,9 +56,9 @@ COMMANDS = {
     ),
     "python -m engine.train experiment=gpt2_124m_1gpu": Plan(
         f"{TINY} train.device=cpu train.micro_batch=1 train.accum_steps=2 model.num_layers=1 data.seq_len=16 "
-        "model.vocab_size=1000 optim.warmup_steps=1",
+        "model.vocab_size=1000 optim.warmup_steps=1 logging.every=1",
         says=(
-            "Octant N: gptN_124m, N parameters on N ranks = pp N x dp N x tp N, CPU",
+            "Octant N: gpt2_124m, N parameters on N ranks = pp N x dp N x tp N, CPU",
             "global batch N = micro N x accum N x dp N samples of N tokens = N tokens; ZeRO-N, bfN, adamw",
         ),
         run="gpt2_124m_1gpu",

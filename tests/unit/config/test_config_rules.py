@@ -86,7 +86,7 @@ CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
         8,
         207,
         "parallel.pp=8",
-        "4 blocks cannot fill pp(8) stages",
+        "pp(8) stages are more than the 4 blocks of the model",
         "Nearest legal: 'parallel.pp=4 parallel.tp=1'",
     ),
     (
@@ -203,8 +203,8 @@ CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
         1,
         314,
         "zero.stage=0",
-        "only DeepSpeed's ZeRO optimizers add up the gradients of a bf16 model in fp32",
-        "Use zero.stage=1, or precision.grad_accum=bf16",
+        "for a bf16 model only DeepSpeed's ZeRO optimizers add up gradients in fp32",
+        "Use zero.stage=1, which with dp=1 shards nothing",
     ),
     (
         {"zero__stage": 3, "kernels__compile": Switch.on},
@@ -238,7 +238,6 @@ def test_one_broken_rule(changes: dict[str, Any], world: int, code: int, head: s
         {"profile__start": 7, "profile__steps": 3},
         {"profile__start": 99},
         {"zero__stage": 3},
-        {"zero__stage": 0, "precision__dtype": DType.bf16, "precision__grad_accum": DType.bf16},
         {"zero__stage": 1, "precision__dtype": DType.bf16},
         {"zero__stage": 2, "kernels__compile": Switch.on},
         {"optim__clip_norm": 0.0, "optim__min_lr_ratio": 1.0},

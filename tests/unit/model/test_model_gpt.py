@@ -75,11 +75,26 @@ def test_dropout_acts_in_training_and_is_off_in_eval(cfg: ModelConfig) -> None:
 
 
 def test_dropout_of_the_embeddings_alone_drops_half_and_scales_the_rest() -> None:
-    layers = {layer.name: layer for layer in layers_of(replace(LLAMA, dropout=0.5))}
-    dropped = layers["embed.dropout"].factory()(torch.ones(1, 100, 100))
+    embedding = layers_of(replace(LLAMA, dropout=0.5))[0].factory()
+    with torch.no_grad():
+        embedding.weight.fill_(1.0)
+    tokens = torch.zeros(1, 10_000 // LLAMA.hidden_size + 1, dtype=torch.int64)
+    dropped = embedding(tokens)
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     # Standard error of the share over 1e4 draws is 0.5 %.
     assert float((dropped == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert set(embedding.eval()(tokens).unique().tolist()) == {1.0}
+
+
+def test_blocks_drop_different_attention_weights() -> None:
+    """One stream for all blocks; with one each, all would start from the same state."""
+    cfg = replace(GPT2, attention_dropout=0.5)
+    first, second = (layer.factory().train() for layer in layers_of(cfg) if layer.name in ("block.0", "block.1"))
+    drawn = []
+    for block in (first, second):
+        with block.attention.rng.fork(torch.device("cpu")):
+            drawn.append(torch.rand(64))
+    assert not torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("activation", [Activation.gelu, Activation.gelu_tanh])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from engine.errors import CheckpointError
-from engine.observe.folder import OWNED, open_run_folder
+from engine.observe.folder import LOCK_FILE, OWNED, open_run_folder
+from tests.helpers.repo import ROOT
 
 
 def finished_run(parent: Path, name: str = "tiny") -> Path:
@@ -23,7 +26,7 @@ def finished_run(parent: Path, name: str = "tiny") -> Path:
 def test_a_fresh_folder_is_made(tmp_path: Path) -> None:
     folder = open_run_folder(str(tmp_path / "runs"), "tiny", overwrite=False)
     assert folder == tmp_path / "runs" / "tiny"
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
 
 def test_results_are_not_replaced_unasked(tmp_path: Path) -> None:
@@ -45,7 +48,7 @@ def test_overwrite_removes_what_octant_wrote_and_nothing_else(tmp_path: Path) ->
     folder = finished_run(tmp_path)
     other = finished_run(tmp_path, "other")
     assert open_run_folder(str(tmp_path), "tiny", overwrite=True) == folder
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK_FILE, "notes.txt"]
     assert (other / "metrics.jsonl").exists()
 
 
@@ -79,3 +82,24 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert f"run.dir={tmp_path / 'runs'}:" in message
     assert "cannot be written: Not a directory" in message
     assert "Point run.dir to a folder" in message
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    holder = f"""
+from engine.observe.folder import open_run_folder
+open_run_folder({str(tmp_path)!r}, "tiny", overwrite=False)
+print("held", flush=True)
+input()
+"""
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        (tmp_path / "tiny" / "metrics.jsonl").touch()
+        with pytest.raises(CheckpointError) as caught:
+            open_run_folder(str(tmp_path), "tiny", overwrite=True)
+        assert "[OCT604] run.name=tiny: another run is writing into" in str(caught.value)
+        assert "Use run.name=tiny-2, or wait for it to end" in str(caught.value)
+        assert (tmp_path / "tiny" / "metrics.jsonl").exists(), "its results are not touched"
+        process.communicate("\n")
+    open_run_folder(str(tmp_path), "tiny", overwrite=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.study import __main__ as study
 from engine.study import parity
@@ -35,6 +36,28 @@ def test_nothing_legal_to_compare_is_refused(capsys: pytest.CaptureFixture[str])
     assert "Widen --worlds, --pp or --tp" in text
 
 
+def test_the_reason_why_nothing_is_legal_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["parity", "data.seq_len=100000"]) == 2
+    assert "[OCT305] data.seq_len=100000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--pp", "0"), ("--worlds", "2,0"), ("--accum", "-1"), ("--zero", "-1")])
+def test_a_number_out_of_range_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        study.main(["parity", option, value])
+    assert caught.value.code == 2
+    assert f"argument {option}: {value.split(',')[-1]} is below" in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_are_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parity._possible([1, 2, 4, 8], "cuda") == [1, 2]
+    assert "2 GPUs here, so no layouts of [4, 8] ranks" in capsys.readouterr().out
+    assert parity._possible([1, 8], "cpu") == [1, 8]
+
+
 def test_a_wrong_override_is_refused_as_in_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["parity", "model.num_layer=3"]) == 2
     assert "[OCT101] model.num_layer=3" in capsys.readouterr().err
@@ -52,12 +75,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The cases that the study measures; the last of them has a wrong gradient if `WRONG` is the run's name."""
     seen: list[Case] = []
 
-    def run_cases(base: Any, cases: Sequence[Case], *, timeout_s: float) -> list[dict[str, Any]]:
+    def run_cases(base: Any, cases: Sequence[Case], *, timeout_s: float) -> Iterator[list[dict[str, Any]]]:
         seen.extend(cases)
         found = [Comparison() for _ in cases]
         if base.run.name == "WRONG":
             found[-1] = Comparison(gradient=0.5, gradient_at="head.weight")
-        return [parity._judge(case, comparison) for case, comparison in zip(cases, found, strict=True)]
+        yield [parity._judge(case, comparison) for case, comparison in zip(cases, found, strict=True)]
 
     monkeypatch.setattr(parity, "run_cases", run_cases)
     monkeypatch.setattr(parity, "prepare", lambda data, show: None)

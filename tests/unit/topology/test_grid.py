@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import ModelConfig, ParallelConfig
+from engine.config import ParallelConfig
 from engine.errors import TopologyError
-from engine.topology.grid import AXIS_ORDER, Coord, Grid, legal_layouts
+from engine.topology.grid import AXIS_ORDER, Coord, Grid
 
 
 def test_tensor_parallel_ranks_are_neighbours_and_stages_are_furthest_apart() -> None:
@@ -41,12 +41,6 @@ def test_groups_cover_every_rank_once(axes: tuple[str, ...]) -> None:
     for group in groups:
         fixed = {tuple(getattr(grid.coord(r), a) for a in AXIS_ORDER if a not in axes) for r in group}
         assert len(fixed) == 1
-
-
-def test_group_of_a_rank_and_of_a_stage() -> None:
-    grid = Grid(pp=2, dp=2, tp=2)
-    assert grid.group_of(6, "pp") == [2, 6]
-    assert grid.stage_group(1) == [4, 5, 6, 7]
 
 
 def test_from_config_fills_in_dp() -> None:
@@ -102,10 +96,3 @@ def test_coordinates_outside_the_grid_are_all_named() -> None:
 def test_an_unknown_axis() -> None:
     with pytest.raises(TopologyError, match=r"OCT212\] axis=ep: no such mesh axis. Use one of pp, dp, tp"):
         Grid().groups("tp", "ep")
-
-
-def test_legal_layouts_respect_heads_and_blocks() -> None:
-    model = ModelConfig(name="m", num_layers=2, hidden_size=48, num_heads=6, vocab_size=64, max_positions=8)
-    found = legal_layouts(model, 8)
-    assert found == [Grid(1, 8, 1), Grid(1, 4, 2), Grid(2, 4, 1), Grid(2, 2, 2)]
-    assert all(grid.world_size == 8 for grid in found)
