@@ -116,7 +116,7 @@ def test_ranks_with_other_data_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert text.endswith("Put the same corpus, and the same Python for data=python, on every host")
 
 
-def test_a_single_process_is_first_and_last_on_every_axis() -> None:
+def test_a_single_process_is_alone_on_every_axis() -> None:
     ctx = ParallelContext.single()
     assert ctx.is_main
     for axis in (ctx.pp, ctx.dp, ctx.tp, ctx.replica):
