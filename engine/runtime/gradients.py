@@ -64,7 +64,7 @@ def _zero_norm(optimizer: DeepSpeedZeroOptimizer, ctx: ParallelContext, norm_typ
     norms = []
     for index, parameters in enumerate(optimizer.params_in_partition):
         parts = (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
-        for parameter, part in zip(parameters, parts, strict=False):
+        for parameter, part in zip(parameters, parts, strict=True):
             if _counts(parameter, ctx):
                 norms.append(torch.linalg.vector_norm(part, dtype=torch.float64))
     total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=ctx.device)

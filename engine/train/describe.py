@@ -11,6 +11,7 @@ from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.observe.progress import human_count
 from engine.plan.costs import parameter_counts, total_parameters
+from engine.topology.schedule import simulate
 from engine_kernels.registry import Choice
 
 
@@ -36,4 +37,6 @@ def describe(
             part = names[bounds[stage] : bounds[stage + 1]]
             size = human_count(sum(counts[name] for name in part))
             yield f"stage {stage}: {part[0]} .. {part[-1]}, {len(part)} layers, {size} parameters"
+        idle = simulate(grid.pp, train.accum_steps).bubble
+        yield f"1F1B with {train.accum_steps} micro-batches: bubble {idle:.0%}; more train.accum_steps shrink it"
     yield str(attention)

@@ -49,6 +49,7 @@ def test_a_run_with_stages_is_described_in_numbers() -> None:
         "global batch 24 = micro 4 x accum 3 x dp 2 samples of 128 tokens = 3,072 tokens; ZeRO-1, fp32, adamw",
         "stage 0: embed.tokens .. block.0, 3 layers, 487k parameters",
         "stage 1: block.1 .. head, 5 layers, 595k parameters",
+        "1F1B with 3 micro-batches: bubble 25%; more train.accum_steps shrink it",
         "attention: sdpa; not sdpa_cudnn: needs a CUDA device",
     ]
 
