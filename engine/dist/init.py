@@ -110,6 +110,7 @@ def require_equal_config(config_hash: str, data_fingerprint: str) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group together: a rank that closes its connections while another still works breaks it."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

@@ -53,4 +53,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    # The threads of gloo and NCCL can abort a process that takes the interpreter down around them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -21,7 +21,7 @@ from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
 from engine.dist.rng import seed_everything
-from engine.errors import CheckpointError, ConfigError, EngineError
+from engine.errors import CheckpointError, ConfigError
 from engine.model.gpt import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
@@ -145,15 +145,11 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     grid = Grid.from_config(cfg.parallel, env.world_size)
     data = prepare(cfg, device)
     init.init_process_group(env, device, cfg.train.timeout_s)
-    try:
-        init.require_equal_config(config_hash(cfg), data.fingerprint)
-        folder = open_folder(cfg)
-        ctx = ParallelContext.create(grid, device)
-        engine = build_engine(cfg, ctx)
-        hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
-        summary = fit(engine, data, cfg, hooks)
-    except EngineError:
-        init.shutdown()
-        raise
+    init.require_equal_config(config_hash(cfg), data.fingerprint)
+    folder = open_folder(cfg)
+    ctx = ParallelContext.create(grid, device)
+    engine = build_engine(cfg, ctx)
+    hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
+    summary = fit(engine, data, cfg, hooks)
     init.shutdown()
     return summary

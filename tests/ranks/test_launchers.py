@@ -81,7 +81,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tup
     """The curve of the job started without a launcher."""
     notes = tmp_path_factory.mktemp("notes")
     done = launch(PYTHON, folder, environment(folder, NOTES=str(notes)), "run.name=python")
-    assert done.exit_code == 0, done
+    assert done.exit_code == 0, str(done)
     assert len(list(notes.iterdir())) == RANKS
     found = curve(folder, "python")
     assert len(found) == STEPS
@@ -101,7 +101,7 @@ def test_every_launcher_gives_the_same_bits(
     name: str, start: str, last: str, folder: Path, env: dict[str, str], expected: list[tuple[str, str]]
 ) -> None:
     done = launch(start, folder, env, f"run.name={name} {last}")
-    assert done.exit_code == 0, done
+    assert done.exit_code == 0, str(done)
     assert curve(folder, name) == expected
 
 
@@ -124,7 +124,7 @@ def test_sigterm_ends_every_rank(folder: Path, env: dict[str, str]) -> None:
 @pytest.mark.parametrize(("name", "start"), [("python", PYTHON), ("deepspeed", DEEPSPEED)])
 def test_a_rank_that_raises_ends_the_job(name: str, start: str, folder: Path, env: dict[str, str]) -> None:
     done = launch(start, folder, env | {"FAIL_RANK": "3"}, f"run.name=raises-{name}")
-    assert done.exit_code > 0, done
+    assert done.exit_code > 0, str(done)
     assert "RuntimeError: planted on rank 3" in done.stderr
     assert not (folder / "runs" / f"raises-{name}" / "summary.json").exists()
 
@@ -145,8 +145,8 @@ def test_a_wrong_option_is_refused(
     """`python -m engine.train` starts no rank at all; the launchers' ranks end before they meet."""
     done = launch(start, folder, env, "train.setps=3 zero=z2 run.name=refused")
     assert done.exit_code != 0
-    assert code(done) == 2, done
-    assert done.stderr.count("1. [OCT101] train.setps=3: section train has no option setps") == 1, done
+    assert code(done) == 2, str(done)
+    assert done.stderr.count("1. [OCT101] train.setps=3: section train has no option setps") == 1, str(done)
     assert "Nearest: steps" in done.stderr
     assert not (folder / "runs" / "refused").exists()
     assert len(list(tmp_path.iterdir())) <= ranks
