@@ -32,6 +32,10 @@ def save_weights(engine: Engine, folder: Path) -> None:
     """
     ctx = engine.ctx
     partial = folder.with_name(f"{folder.name}.partial")
+    if ctx.is_main:
+        # What a save that was killed left behind must not be taken for this one's.
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
     gathered = gather_over_tp(engine.parameters(), ctx)
     # Every replica takes part in the gathering, one keeps what comes out.
     tensors = {logical.name: full.contiguous() for logical, full in gathered if ctx.dp.is_first}
