@@ -28,6 +28,7 @@ $(READY):
 	@echo "setup: installing the pinned packages into $(VENV) (some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m engine.runtime.extensions
 	@touch $@
 
 train: $(READY) ## train a small GPT on 8 CPU ranks, PP2 x TP2 x DP2 (more options: ARGS="...")

@@ -9,10 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.dist.context import ParallelContext
+from engine.model.batch import Batch
 from engine.parallel.logical import LogicalTensor
-
-Batch = tuple[Tensor, Tensor]
-"""Tokens and labels of one micro-batch, both (B, S) int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,7 @@ class StepResult:
     """One optimizer step. Tensors are scalars on the device, so that reading them is the caller's choice of time."""
 
     loss: Tensor
-    """Mean loss over the global batch, before the step, nats per token; equal on all ranks."""
+    """Mean loss over the targets of the global batch, before the step, nats per target; equal on all ranks."""
     grad_norm: Tensor
     """Global L2 norm of the averaged gradients before clipping; equal on all ranks."""
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from engine.config.schema import ModelConfig, OptimConfig
+from engine.config.enums import Family, PipelineSchedule
+from engine.config.schema import ModelConfig, OptimConfig, ParallelConfig
+
+
+def is_causal(model: ModelConfig) -> bool:
+    """Whether a position attends only to itself and those before it: `gpt` does, `bert` sees all."""
+    return model.family is Family.gpt
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -29,3 +35,44 @@ def padded_vocab(model: ModelConfig, tp: int) -> int:
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
     """Steps of warm-up: `optim.warmup_steps`, or a twentieth of the run."""
     return total_steps // 20 if optim.warmup_steps is None else optim.warmup_steps
+
+
+def cooldown_steps(optim: OptimConfig, total_steps: int) -> int:
+    """Steps of the decay that ends a `wsd` schedule: `optim.cooldown_steps`, or a tenth of the run."""
+    return total_steps // 10 if optim.cooldown_steps is None else optim.cooldown_steps
+
+
+def width_ratio(model: ModelConfig) -> float:
+    """m of muP (arXiv 2203.03466): hidden_size over the width at which rates and init were tuned; 1 without muP."""
+    return 1.0 if model.mup_base_width is None else model.hidden_size / model.mup_base_width
+
+
+def matrix_init_scale(model: ModelConfig) -> float:
+    """Factor of the initial standard deviation of matrices between hidden layers (variance 1/m, table 8 of muP).
+
+    Tables, output projections, norms and biases start in every width as at the base width.
+    """
+    return float(width_ratio(model) ** -0.5)
+
+
+def logit_scale(model: ModelConfig) -> float:
+    """Factor of the output projection's result: 1/m (table 8 of muP)."""
+    return 1.0 / width_ratio(model)
+
+
+def attention_scale(model: ModelConfig) -> float:
+    """Factor of query times key: 1/sqrt(head_dim), with muP 1/head_dim (arXiv 2203.03466, definition 4.1)."""
+    width = head_dim(model)
+    return float(width**-0.5) if model.mup_base_width is None else 1.0 / width
+
+
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """Sequences have a multiple of this many positions: context, times tp with `parallel.sequence`."""
+    return parallel.context * (parallel.tp if parallel.sequence else 1)
+
+
+def parts_per_rank(parallel: ParallelConfig) -> int:
+    """Parts of the model that one pipeline rank holds; the layers are cut into pp times as many."""
+    if parallel.schedule is PipelineSchedule.dualpipev:
+        return 2
+    return parallel.virtual_stages if parallel.schedule is PipelineSchedule.interleaved else 1

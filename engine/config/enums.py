@@ -5,8 +5,23 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+class Family(StrEnum):
+    """`gpt`: causal decoder, norms before each sublayer. `bert`: encoder, norms after each residual sum."""
+
+    gpt = "gpt"
+    bert = "bert"
+
+
+class SentenceHead(StrEnum):
+    """BERT's second loss: does B follow A (arXiv 1810.04805), or are A and B swapped (ALBERT, arXiv 1909.11942)."""
+
+    none = "none"
+    next_sentence = "next_sentence"
+    sentence_order = "sentence_order"
+
+
 class Norm(StrEnum):
-    """Normalisation before each sublayer."""
+    """Kind of normalisation."""
 
     layernorm = "layernorm"
     rmsnorm = "rmsnorm"
@@ -28,14 +43,21 @@ class Positions(StrEnum):
 
 
 class DType(StrEnum):
-    """Dtype of parameters and activations in forward and backward. Optimizer state is fp32 in both."""
+    """Dtype of parameters and activations in forward and backward. Optimizer state is fp32 in all."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class OptimizerName(StrEnum):
+    """Update rule. All but adamw, lion and sgd look at whole matrices, in every layout at the logical ones."""
+
     adamw = "adamw"
+    lamb = "lamb"
+    lion = "lion"
+    muon = "muon"
+    adafactor = "adafactor"
     sgd = "sgd"
 
 
@@ -45,6 +67,40 @@ class ScheduleName(StrEnum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+    inverse_sqrt = "inverse_sqrt"
+    wsd = "wsd"
+
+
+class PipelineSchedule(StrEnum):
+    """Order of the forward and backward passes of a step on the pipeline's stages."""
+
+    one_f_one_b = "one_f_one_b"
+    interleaved = "interleaved"
+    dualpipev = "dualpipev"
+
+
+class Recompute(StrEnum):
+    """Activations that are computed again in the backward pass: none, the attention core's, or whole blocks'."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Offload(StrEnum):
+    """Where a ZeRO optimizer keeps its state, or ZeRO-3 its parameters, when not on the GPU."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OffloadStrategy(StrEnum):
+    """How offloaded optimizer steps run: at the end of the step, or overlapped as DeepSpeed's ZenFlow, SuperOffload."""
+
+    plain = "plain"
+    zenflow = "zenflow"
+    superoffload = "superoffload"
 
 
 class Balance(StrEnum):

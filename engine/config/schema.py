@@ -16,10 +16,16 @@ from engine.config.enums import (
     Balance,
     Device,
     DType,
+    Family,
     Norm,
+    Offload,
+    OffloadStrategy,
     OptimizerName,
+    PipelineSchedule,
     Positions,
+    Recompute,
     ScheduleName,
+    SentenceHead,
     Switch,
     WandbMode,
 )
@@ -27,10 +33,11 @@ from engine.config.enums import (
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer, pre-norm. GPT-2 and Llama are points in this space."""
+    """A transformer. GPT-2 and Llama are points of the `gpt` family, BERT and ALBERT's objective of `bert`."""
 
     name: str = MISSING
     """Name of the preset, for logs and file names."""
+    family: Family = Family.gpt
     num_layers: int = MISSING
     """Transformer blocks."""
     hidden_size: int = MISSING
@@ -64,19 +71,35 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Probability of dropping an attention weight."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; residual projections are scaled by 1/sqrt(2 num_layers)."""
+    """Standard deviation of initial weights; residual projections of `gpt` are scaled by 1/sqrt(2 num_layers)."""
+    token_types: int = 0
+    """Segment embeddings (`bert`): 2 for sentence pairs, 0 for none."""
+    sentence_head: SentenceHead = SentenceHead.none
+    """Pooler and two-way classifier over the first token (`bert`), trained beside the masked-token loss."""
+    mup_base_width: int | None = None
+    """Hidden width at which learning rate and init were tuned: with it, both are scaled to this width (muP, arXiv
+    2203.03466, table 8: matrices' rate and variance and the logits by 1/m, attention by 1/head_dim). None: off."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the mesh axes, outermost first: pp, dp, tp."""
+    """Degrees of the mesh axes, outermost first: pp, dp, context, tp."""
 
     pp: int = 1
     """Pipeline stages."""
     tp: int = 1
     """Tensor-parallel ranks inside one stage."""
     dp: int | None = None
-    """Data-parallel replicas. None: whatever the launcher gives, world_size / (pp * tp)."""
+    """Data-parallel replicas. None: whatever the launcher gives, world_size / (pp * context * tp)."""
+    context: int = 1
+    """Ranks that share each sequence (Ulysses, arXiv 2309.14509): each computes 1/context of the positions, and in
+    attention 1/context of the heads over all positions."""
+    sequence: bool = False
+    """Megatron's sequence parallelism (arXiv 2205.05198, section 4.2.2): outside the tensor-parallel layers each tp
+    rank holds 1/tp of the positions. Saves activations at equal traffic."""
+    schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
+    virtual_stages: int = 1
+    """Parts of the model on one pipeline rank when `schedule` is interleaved (arXiv 2104.04473, section 2.2)."""
     balance: Balance = Balance.parameters
     """Cost that the pipeline stages share evenly."""
 
@@ -94,6 +117,18 @@ class ZeroConfig:
     buckets of its own, and only the gathering of weights follows this."""
     overlap_comm: bool = True
     """Reduce buckets while the backward pass goes on (GPUs, pp=1; not in bf16 with fp32 accumulation at stage 1)."""
+    offload_optimizer: Offload = Offload.none
+    """Keep optimizer state and fp32 weights in host memory and step there with DeepSpeed's CPU Adam (AdamW), or on NVMe
+    (stage 3)."""
+    offload_params: Offload = Offload.none
+    """Keep parameters in host memory or on NVMe and fetch them layer by layer (stage 3)."""
+    offload_ratio: float = 1.0
+    """Share of the optimizer state that is offloaded (stage 3, cpu)."""
+    offload_strategy: OffloadStrategy = OffloadStrategy.plain
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk for `nvme`."""
+    pin_memory: bool = True
+    """Page-locked host memory for what is offloaded: faster copies, and the host cannot swap it out."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,7 +148,11 @@ class DataConfig:
     cache_dir: str | None = None
     """Where tokenizer and token files are kept. None: $XDG_CACHE_HOME/octant or ~/.cache/octant."""
     seed: int = 0
-    """Seed of the sample order."""
+    """Seed of the sample order, and of masking."""
+    mask_rate: float = 0.15
+    """Share of the tokens that a `bert` model predicts: 80 % of them replaced by [MASK], 10 % by a random token."""
+    variable_length: bool = False
+    """Samples end where their text ends instead of filling `seq_len`; a micro-batch is padded to its longest."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,7 +166,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.0
-    """For sgd."""
+    """For sgd; muon uses 0.95 unless it is set."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices and embeddings; norms and biases are never decayed."""
     clip_norm: float = 1.0
@@ -139,6 +178,8 @@ class OptimConfig:
     """Step at which min_lr_ratio is reached. None: train.steps."""
     min_lr_ratio: float = 0.1
     """Final learning rate over the peak."""
+    cooldown_steps: int | None = None
+    """Steps of the linear decay at the end of `wsd` (warm-up, stable, decay). None: a tenth of train.steps."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,6 +189,12 @@ class PrecisionConfig:
     dtype: DType = DType.fp32
     grad_accum: DType = DType.fp32
     """Dtype in which the gradients of the micro-batches are added up when `dtype` is bf16."""
+    loss_scale: float | None = None
+    """fp16: constant factor of the loss. None: dynamic, halved when gradients overflow and doubled now and then."""
+    initial_scale_power: int = 16
+    """fp16: the dynamic scale starts at 2 to this power."""
+    scale_window: int = 1000
+    """fp16: steps without overflow before the dynamic scale is doubled."""
     tf32: bool = False
     """Let fp32 matrix products on GPUs use TF32 (10-bit mantissa). Off keeps the parity promise."""
 
@@ -177,6 +224,13 @@ class TrainingConfig:
     """Global batches of held-out samples in one validation. 0: no validation."""
     seed: int = 1234
     """Seed of initial weights and dropout."""
+    label_smoothing: float = 0.0
+    """Probability mass that the target shares evenly with the whole vocabulary (arXiv 1512.00567, section 7)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition of the logits, which keeps them small (PaLM, arXiv 2204.02311)."""
+    recompute: Recompute = Recompute.none
+    recompute_interval: int = 1
+    """Blocks in one recomputed group when `recompute` is full: more blocks store less and hold more at once."""
     device: Device = Device.auto
     cpu_threads: int | None = None
     """Threads of one rank on the CPU. None: cores / local ranks, at least one."""

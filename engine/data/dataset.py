@@ -1,75 +1,61 @@
-"""Samples: fixed windows of tokens. Window i and its labels, the same window one token later, overlap by design."""
+"""Samples: rows of tokens and labels. Here those of a language model; `engine.data.masked` has BERT's."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.sampler import philox_key
-from engine.data.tokens import TokenFile
-from engine.errors import DataError
+from engine.data.windows import Windows
+from engine.model.batch import IGNORE
 
-RANDOM_SAMPLES = 1 << 48
-"""Samples of the random source: more than any run reads."""
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample before padding: int64 arrays of one length. `types` are BERT's segments, `sentence` its class."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    types: NDArray[np.int64] | None = None
+    sentence: int | None = None
+
+    def without_targets(self) -> Row:
+        """The same text with nothing to predict, so that it adds nothing to a loss."""
+        sentence = None if self.sentence is None else IGNORE
+        return replace(self, labels=np.full_like(self.labels, IGNORE), sentence=sentence)
 
 
 class Samples(Protocol):
-    """Random access to samples of seq_len + 1 tokens."""
+    """Random access to samples. `causal`: no position reads a later one, so padding at the end changes nothing."""
+
+    causal: bool
 
     @property
     def num_samples(self) -> int:
         """Samples there are."""
         ...
 
-    def window(self, index: int) -> NDArray[np.int64]:
-        """Tokens of sample `index`: int64 (seq_len + 1,)."""
+    def row(self, index: int, number: int) -> Row:
+        """Sample `index` of the corpus, read as global sample `number`, which what is random about it depends on."""
         ...
 
 
-class TokenSamples:
-    """Sample i of a token file is tokens i*seq_len ... i*seq_len + seq_len, the last one being a label only.
+class NextTokenSamples:
+    """The tokens of a window but the last, each labelled with the token after it."""
 
-    There are (count - 1) // seq_len of them; each token but the first is predicted at most once per epoch.
-    Raises DataError 411 when the file is shorter than one sample.
-    """
+    causal = True
 
-    def __init__(self, file: TokenFile, seq_len: int) -> None:
-        if not 1 <= seq_len <= file.count - 1:
-            legal = max(1, min(seq_len, file.count - 1))
-            raise DataError.of(
-                411,
-                "data.seq_len",
-                seq_len,
-                f"one sample needs data.seq_len + 1 = {seq_len + 1} tokens (at least 2), {file.path} has {file.count}",
-                f"Nearest legal: data.seq_len={legal}; or give a larger corpus",
-            )
-        self._tokens = file.tokens
-        self._seq_len = seq_len
-        self.num_samples = (file.count - 1) // seq_len
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
 
-    def window(self, index: int) -> NDArray[np.int64]:
-        """Tokens of sample `index`: int64 (seq_len + 1,)."""
-        start = index * self._seq_len
-        return self._tokens[start : start + self._seq_len + 1].astype(np.int64)
+    @property
+    def num_samples(self) -> int:
+        """Samples there are."""
+        return self._windows.num_windows
 
-
-class RandomSamples:
-    """Uniformly random tokens below `vocab_size`, a pure function of (seed, stream, sample); needs no files.
-
-    Philox is counter-based: the sample number is the counter's high word, so any sample costs the same to reach.
-    """
-
-    num_samples = RANDOM_SAMPLES
-
-    def __init__(self, seed: int, stream: int, vocab_size: int, seq_len: int) -> None:
-        self._key = philox_key(seed, stream)
-        self._vocab_size = vocab_size
-        self._seq_len = seq_len
-
-    def window(self, index: int) -> NDArray[np.int64]:
-        """Tokens of sample `index`: int64 (seq_len + 1,)."""
-        counter = np.array([0, 0, 0, index], dtype=np.uint64)
-        words = np.random.Philox(key=self._key, counter=counter).random_raw(self._seq_len + 1)
-        return (words % np.uint64(self._vocab_size)).astype(np.int64)
+    def row(self, index: int, number: int) -> Row:
+        """Sample `index`; nothing about it is random."""
+        window = self._windows.window(index)
+        return Row(window[:-1], window[1:])

@@ -15,6 +15,8 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end-of-text token: any text can be encoded, so there is no unknown token."""
+UNUSED_BYTES = (0xC0, 0xC1, *range(0xF5, 0x100))
+"""RFC 3629. A byte-level vocabulary spells each of them as the character of the same number."""
 _PIECE_CHARS = 1 << 18
 
 
@@ -66,6 +68,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) != END_OF_TEXT_ID:
         raise _damaged(path, f"does not have {END_OF_TEXT} as entry {END_OF_TEXT_ID}")
     return _plain_text_only(tokenizer)
+
+
+def unused_entries(tokenizer: Tokenizer) -> list[int]:
+    """Entries that occur in no text: those of the bytes that UTF-8 never uses. The same in all our tokenizers."""
+    entries: dict[str, int] = tokenizer.get_vocab()
+    return [entries[chr(byte)] for byte in UNUSED_BYTES]
 
 
 def _damaged(path: Path, what: str) -> Exception:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from engine.topology.grid import Coord, Grid
+from engine.topology.grid import AXIS_ORDER, Coord, Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,12 @@ class ParallelContext:
     coord: Coord
     pp: AxisGroup
     dp: AxisGroup
+    cp: AxisGroup
     tp: AxisGroup
     replica: AxisGroup
     """All pp x tp ranks that together hold one copy of the parameters."""
+    reduce: AxisGroup
+    """All dp x cp ranks with the same parameters: gradients are summed over them, and ZeRO shards over them."""
     device: torch.device
 
     @property
@@ -54,15 +57,17 @@ class ParallelContext:
     @classmethod
     def single(cls, device: torch.device | None = None) -> ParallelContext:
         """The context of one process that talks to nobody; no process group is needed."""
-        grid = Grid(pp=1, dp=1, tp=1)
+        grid = Grid()
         return cls(
             grid=grid,
             rank=0,
             coord=grid.coord(0),
             pp=SINGLE,
             dp=SINGLE,
+            cp=SINGLE,
             tp=SINGLE,
             replica=SINGLE,
+            reduce=SINGLE,
             device=device or torch.device("cpu"),
         )
 
@@ -71,9 +76,18 @@ class ParallelContext:
         """Make this rank's groups. Collective: every rank of the default group calls it with the same grid."""
         rank = dist.get_rank()
         coord = grid.coord(rank)
-        axes = {name: _make_groups(grid.groups(name), rank) for name in ("pp", "dp", "tp")}
-        replica = _make_groups(grid.groups("pp", "tp"), rank)
-        return cls(grid=grid, rank=rank, coord=coord, replica=replica, device=device, **axes)
+        axes = {name: _make_groups(grid.groups(name), rank) for name in AXIS_ORDER}
+        replica = _make_groups(grid.groups("pp", "tp"), rank) if grid.pp > 1 and grid.tp > 1 else None
+        reduce = _make_groups(grid.groups("dp", "cp"), rank) if grid.dp > 1 and grid.cp > 1 else None
+        return cls(
+            grid=grid,
+            rank=rank,
+            coord=coord,
+            replica=replica or axes["pp" if grid.pp > 1 else "tp"],
+            reduce=reduce or axes["dp" if grid.dp > 1 else "cp"],
+            device=device,
+            **axes,
+        )
 
 
 def _make_groups(members: list[list[int]], rank: int) -> AxisGroup:

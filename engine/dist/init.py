@@ -8,9 +8,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.config.enums import Device
+from engine.config.enums import Device, DType
 from engine.config.launch_env import LaunchEnv
 from engine.errors import LaunchError
+
+
+DTYPES = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
+"""Dtype of parameters and activations for each `precision.dtype`."""
 
 
 def resolve_device_type(device: Device) -> str:
@@ -101,7 +105,13 @@ def require_equal_config(config_hash: str, data_fingerprint: str) -> None:
     assert first is not None
     for index, code, option, what, way_out in (
         (0, 512, "config", "another configuration", "Start every rank with the same overrides and conf/ folder"),
-        (1, 514, "data.source", "other data", "Put the same corpus, and the same Python for data=python, on every host"),
+        (
+            1,
+            514,
+            "data.source",
+            "other data",
+            "Put the same corpus, and the same Python for data=python, on every host",
+        ),
     ):
         differ = [rank for rank, values in enumerate(everyone) if values is None or values[index] != first[index]]
         if differ:

@@ -70,9 +70,7 @@ def run_ranks(
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _watch(
-    ranks: Sequence[BaseProcess], folder: Path, timeout_s: float, on_tick: Callable[[], None] | None
-) -> None:
+def _watch(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float, on_tick: Callable[[], None] | None) -> None:
     """Wait for all ranks; on the first failure or at the time limit, stop the others and raise."""
     deadline = time.monotonic() + timeout_s
     try:

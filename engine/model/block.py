@@ -1,88 +1,123 @@
-"""The transformer block, pre-norm. Shapes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head dim.
+"""The transformer block. Shapes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head dim, F ffn.
 
-N, K and F are this tensor-parallel rank's share inside the sublayers; x_BSD is whole on every rank.
+N, K and F are this tensor-parallel rank's share inside the sublayers. L are the positions of this rank's residual
+stream: with sequence parallelism a run of them, S/t, else all S; with context parallelism S is itself a run.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from engine.config.derived import ffn_size, head_dim, kv_heads
-from engine.config.enums import Activation
+from engine.config.derived import attention_scale, ffn_size, head_dim, kv_heads, matrix_init_scale
+from engine.config.enums import Activation, Family
 from engine.config.schema import ModelConfig
 from engine.dist.context import AxisGroup
-from engine.dist.rng import ShardedRng
+from engine.model.feed import Feed
 from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
+from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from engine_kernels.ops import AttentionFn
+from engine_kernels.ops import AttentionDropout, AttentionFn, dropout
+
+_AFTER_MLP = 1
+"""Salt that tells a block's second dropout of the residual stream from its first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """What all blocks of a rank share: axes, the attention implementation, rotary angles, recomputation."""
+
+    tp: AxisGroup
+    cp: AxisGroup
+    sequence: bool
+    attention: AttentionFn
+    rotary: RotaryTable | None
+    recompute_attention: bool
+    """Keep queries, keys and values only, and compute the attention core again in the backward pass."""
+
+
+def matrix_std(cfg: ModelConfig) -> float:
+    """Initial standard deviation of matrices between hidden layers."""
+    return cfg.init_std * matrix_init_scale(cfg)
 
 
 def residual_std(cfg: ModelConfig) -> float:
-    """Initial standard deviation of projections into the residual stream (GPT-2 report, section 2.3)."""
-    return cfg.init_std / math.sqrt(2 * cfg.num_layers)
+    """The same for projections into the residual stream (GPT-2 report, section 2.3; BERT makes no difference)."""
+    return matrix_std(cfg) if cfg.family is Family.bert else matrix_std(cfg) / math.sqrt(2 * cfg.num_layers)
 
 
 class Attention(nn.Module):
-    """Causal self-attention, multi-head or grouped-query (arXiv 2305.13245); heads are cut over the tp axis."""
+    """Self-attention, multi-head or grouped-query (arXiv 2305.13245); heads are cut over tp, and over cp inside."""
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        tp: AxisGroup,
-        attention: AttentionFn,
-        rotary: RotaryTable | None,
-        rng: ShardedRng | None,
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
-        self.head_dim, self.dropout = head_dim(cfg), cfg.attention_dropout
-        self.query_size = cfg.num_heads * self.head_dim // tp.size
-        self.kv_size = kv_heads(cfg) * self.head_dim // tp.size
-        self.attention, self.rotary, self.rng = attention, rotary, rng
+        tp = wiring.tp
+        self.wiring, self.head_dim, self.causal = wiring, head_dim(cfg), cfg.family is Family.gpt
+        self.scale = attention_scale(cfg)
         query, kv = cfg.num_heads * self.head_dim, kv_heads(cfg) * self.head_dim
+        self.query_size, self.kv_size = query // tp.size, kv // tp.size
         self.qkv = ColumnParallelLinear(
             cfg.hidden_size,
             query + 2 * kv,
             tp=tp,
             bias=cfg.bias,
-            init_std=cfg.init_std,
+            init_std=matrix_std(cfg),
             segments=(query, kv, kv),
+            sequence=wiring.sequence,
         )
-        self.out = RowParallelLinear(query, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg))
+        self.out = RowParallelLinear(
+            query, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg), sequence=wiring.sequence
+        )
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        parts = self.qkv(x_BSD).split((self.query_size, self.kv_size, self.kv_size), dim=-1)
-        q_BSNH, k_BSKH, v_BSKH = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
-        if self.rotary is not None:
-            q_BSNH, k_BSKH = self.rotary.rotate(q_BSNH), self.rotary.rotate(k_BSKH)
-        if self.rng is not None and self.training:
-            with self.rng.fork(x_BSD.device):
-                o_BSNH = self.attention(q_BSNH, k_BSKH, v_BSKH, causal=True, dropout=self.dropout)
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None, drop: AttentionDropout | None) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        parts = self.qkv(x_BLD).split((self.query_size, self.kv_size, self.kv_size), dim=-1)
+        q_BLNH, k_BLKH, v_BLKH = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
+        q, k, v = to_heads(q_BLNH, k_BLKH, v_BLKH, self.wiring.cp)
+        if self.wiring.recompute_attention and torch.is_grad_enabled():
+            o = checkpoint(self._core, q, k, v, lengths_B, drop, use_reentrant=False, preserve_rng_state=False)
         else:
-            o_BSNH = self.attention(q_BSNH, k_BSKH, v_BSKH, causal=True)
-        return self.out(o_BSNH.flatten(-2))
+            o = self._core(q, k, v, lengths_B, drop)
+        return self.out(to_positions(o, self.wiring.cp).flatten(-2))
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, lengths_B: Tensor | None, drop: AttentionDropout | None) -> Tensor:
+        """Some heads of all positions of the sequence, (B, S, N, H) and twice (B, S, K, H) -> (B, S, N, H)."""
+        rotary = self.wiring.rotary
+        if rotary is not None:
+            q, k = rotary.rotate(q), rotary.rotate(k)
+        return self.wiring.attention(q, k, v, causal=self.causal, scale=self.scale, lengths_B=lengths_B, dropout=drop)
 
 
 class MLP(nn.Module):
     """Feed-forward: GELU (GPT-2, its tanh form) or SwiGLU with gate and up fused (arXiv 2002.05202)."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup) -> None:
+    def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
-        size = ffn_size(cfg)
+        size, tp, sequence = ffn_size(cfg), wiring.tp, wiring.sequence
         self.activation = cfg.activation
         fused = (size, size) if cfg.activation is Activation.swiglu else (size,)
         self.up = ColumnParallelLinear(
-            cfg.hidden_size, sum(fused), tp=tp, bias=cfg.bias, init_std=cfg.init_std, segments=fused
+            cfg.hidden_size,
+            sum(fused),
+            tp=tp,
+            bias=cfg.bias,
+            init_std=matrix_std(cfg),
+            segments=fused,
+            sequence=sequence,
         )
-        self.down = RowParallelLinear(size, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg))
+        self.down = RowParallelLinear(
+            size, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg), sequence=sequence
+        )
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        h_BSF = self.up(x_BSD)
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        h_BSF = self.up(x_BLD)
         if self.activation is Activation.swiglu:
             gate, up = h_BSF.chunk(2, dim=-1)
             h_BSF = F.silu(gate) * up
@@ -92,24 +127,51 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both sublayers' outputs."""
+    """Attention and feed-forward, each with dropout and a residual sum.
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        tp: AxisGroup,
-        attention: AttentionFn,
-        rotary: RotaryTable | None,
-        rng: ShardedRng | None,
-    ) -> None:
+    `gpt` normalises each sublayer's input (pre-norm): x + f(norm(x)). `bert` normalises the sum (post-norm):
+    norm(x + f(x)).
+    """
+
+    def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
-        self.dropout = cfg.dropout
-        self.attention_norm = make_norm(cfg)
-        self.attention = Attention(cfg, tp, attention, rotary, rng)
-        self.mlp_norm = make_norm(cfg)
-        self.mlp = MLP(cfg, tp)
+        self.p, self.post_norm = cfg.dropout, cfg.family is Family.bert
+        self.attention_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
+        self.attention = Attention(cfg, wiring)
+        self.mlp_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
+        self.mlp = MLP(cfg, wiring)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + F.dropout(self.attention(self.attention_norm(x_BSD)), self.dropout, self.training)
-        return x_BSD + F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        keys_BL: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+        drop: AttentionDropout | None = None,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D).
+
+        Args:
+            keys_BL: keys of the residual stream's dropout, int32; None: no dropout.
+            lengths_B: positions of the whole sequence before its padding, None: no row is padded.
+            drop: dropout of the attention weights.
+        """
+        if self.post_norm:
+            x_BLD = self.attention_norm(x_BLD + self._drop(self.attention(x_BLD, lengths_B, drop), keys_BL, 0))
+            return self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP))
+        x_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), lengths_B, drop), keys_BL, 0)
+        return x_BLD + self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP)
+
+    def _drop(self, x_BLD: Tensor, keys_BL: Tensor | None, salt: int) -> Tensor:
+        return x_BLD if keys_BL is None else dropout(x_BLD, keys_BL, self.p, salt)
+
+
+def run_block(cfg: ModelConfig, wiring: Wiring, site: int, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:
+    """`LayerDef.run` of block number `site - 1`: dropout keys are made outside of what is compiled."""
+    keys_BL = feed.keys_BL(site) if cfg.dropout > 0 and module.training else None
+    drop = None
+    if cfg.attention_dropout > 0 and module.training:
+        heads = cfg.num_heads // wiring.tp.size // wiring.cp.size
+        first_head = (wiring.tp.rank * wiring.cp.size + wiring.cp.rank) * heads
+        drop = feed.attention_dropout(cfg.attention_dropout, site, first_head, heads)
+    out: Tensor = module(x_BLD, keys_BL, feed.lengths_B, drop)
+    return out

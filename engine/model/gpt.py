@@ -1,91 +1,125 @@
-"""GPT as a list of layers. GPT-2 and Llama are two settings of it. Shapes: B batch, S sequence, D hidden."""
+"""GPT as a list of layers. GPT-2 and Llama are two settings of it. Shapes: B batch, L positions, D hidden."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config.derived import head_dim, padded_vocab
-from engine.config.enums import Positions
-from engine.config.schema import ModelConfig
-from engine.dist.context import ParallelContext
-from engine.dist.rng import ShardedRng
-from engine.model.block import Block
+from engine.config.derived import head_dim, logit_scale, padded_vocab
+from engine.config.enums import Positions, Recompute
+from engine.config.schema import Config, ModelConfig
+from engine.dist.context import AxisGroup, ParallelContext
+from engine.model.block import Block, Wiring, run_block
+from engine.model.feed import Feed
 from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
-from engine.parallel.cross_entropy import vocab_parallel_cross_entropy
 from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.logical import LogicalTensor, make_parameter
-from engine_kernels.ops import AttentionFn
+from engine.parallel.sequence import whole
+from engine_kernels.ops import AttentionFn, dropout
+
+EMBEDDING_SITE = 0
+"""Dropout site of the embeddings; block i has site i + 1."""
 
 
 class LearnedPositions(nn.Module):
-    """Adds a learned vector per position, then drops."""
+    """Adds a learned vector per position."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool) -> None:
         super().__init__()
+        self.tp, self.sequence = tp, sequence
         shape = (cfg.max_positions, cfg.hidden_size)
-        self.weight = make_parameter(shape, LogicalTensor(shape, init_std=cfg.init_std))
-        self.dropout = cfg.dropout
+        self.weight = make_parameter(shape, LogicalTensor(shape, init_std=cfg.init_std, role="embedding"))
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        return F.dropout(x_BSD + self.weight[: x_BSD.shape[1]], self.dropout, self.training)
-
-
-def _tied_logits(table: nn.Module, x_BSD: Tensor) -> Tensor:
-    logits: Tensor = table(x_BSD, project=True)
-    return logits
+    def forward(self, x_BLD: Tensor, positions_L: Tensor) -> Tensor:
+        """(B, L, D) at `positions_L` (int64) -> (B, L, D)."""
+        return x_BLD + whole(self.weight, self.tp, sequence=self.sequence)[positions_L]
 
 
-def build_layers(cfg: ModelConfig, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
-    """The model as layers: token embedding, positions, blocks, final norm, output projection.
+def drop_embeddings(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:
+    """Dropout of the sum of all embeddings."""
+    if cfg.dropout == 0 or not module.training:
+        return x_BLD
+    return dropout(x_BLD, feed.keys_BL(EMBEDDING_SITE), cfg.dropout)
 
-    Args:
-        cfg: sizes and flavour; the rules of `engine.config.rules` hold for it.
-        ctx: its tp axis cuts the layers, its device holds the rotary table.
-        attention: the chosen implementation of the attention operation.
 
-    Returns:
-        Layers whose composition takes tokens (B, S) int64 to logits (B, S, this rank's columns of the padded
-        vocabulary). Nothing is allocated but the rotary table.
-    """
-    tp = ctx.tp
-    padded = padded_vocab(cfg, tp.size)
-    # Learned positions drop after adding themselves; with rotary positions the embedding itself does.
-    dropout = 0.0 if cfg.positions is Positions.learned else cfg.dropout
+def embed_tokens(module: nn.Module, _: None, feed: Feed) -> Tensor:
+    """`LayerDef.run` of a token table."""
+    x_BLD: Tensor = module(feed.tokens_BS)
+    return x_BLD
+
+
+def _embed_and_drop(cfg: ModelConfig, module: nn.Module, x: None, feed: Feed) -> Tensor:
+    return drop_embeddings(cfg, module, embed_tokens(module, x, feed), feed)
+
+
+def _add_positions(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:
+    return drop_embeddings(cfg, module, module(x_BLD, feed.positions_L), feed)
+
+
+def _normalise(module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor:
+    out: Tensor = module(x_BLD)
+    return out
+
+
+def _logits(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor:
+    logits: Tensor = module(x_BLD, project=True)
+    scale = logit_scale(cfg)
+    return logits if scale == 1.0 else logits * scale
+
+
+def make_wiring(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> Wiring:
+    """What the blocks share."""
+    model = cfg.model
+    rotary = None
+    if model.positions is Positions.rotary:
+        rotary = RotaryTable(model.max_positions, head_dim(model), model.rotary_base, ctx.device)
+    return Wiring(
+        tp=ctx.tp,
+        cp=ctx.cp,
+        sequence=uses_sequence(cfg, ctx),
+        attention=attention,
+        rotary=rotary,
+        recompute_attention=cfg.train.recompute is Recompute.selective,
+    )
+
+
+def uses_sequence(cfg: Config, ctx: ParallelContext) -> bool:
+    """Whether the residual stream is cut over tp."""
+    return cfg.parallel.sequence and ctx.tp.size > 1
+
+
+def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+    """Token embedding, positions, pre-norm blocks, norm, output projection: logits (B, S, this rank's columns)."""
+    model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
+    padded = padded_vocab(model, tp.size)
     table, head = (
-        partial(kind, cfg.vocab_size, cfg.hidden_size, padded=padded, tp=tp, init_std=cfg.init_std, dropout=dropout)
+        partial(
+            kind,
+            model.vocab_size,
+            model.hidden_size,
+            padded=padded,
+            tp=tp,
+            init_std=model.init_std,
+            sequence=sequence,
+        )
         for kind in (VocabParallelEmbedding, VocabParallelHead)
     )
-    rotary = None
-    layers = [LayerDef("embed.tokens", table, tied_key="tokens" if cfg.tied_head else None)]
-    if cfg.positions is Positions.learned:
-        layers.append(LayerDef("embed.positions", partial(LearnedPositions, cfg)))
-    else:
-        rotary = RotaryTable(cfg.max_positions, head_dim(cfg), cfg.rotary_base, ctx.device)
-    # One stream for all blocks: with one each, every block would drop the same attention weights.
-    rng = ShardedRng(tp) if cfg.attention_dropout > 0 else None
-    block = partial(Block, cfg, tp, attention, rotary, rng)
-    layers += [LayerDef(f"block.{i}", block) for i in range(cfg.num_layers)]
-    layers.append(LayerDef("final_norm", partial(make_norm, cfg)))
-    if cfg.tied_head:
-        layers.append(LayerDef("head", table, tied_key="tokens", run=_tied_logits))
-    else:
-        layers.append(LayerDef("head", head))
+    wiring = make_wiring(cfg, ctx, attention)
+    tied = "tokens" if model.tied_head else None
+    learned = model.positions is Positions.learned
+    # The sum of all embeddings is dropped: after learned positions, or at once when positions are rotary.
+    layers = [LayerDef("embed.tokens", table, embed_tokens if learned else partial(_embed_and_drop, model), tied)]
+    if learned:
+        positions = partial(LearnedPositions, model, tp, sequence)
+        layers.append(LayerDef("embed.positions", positions, partial(_add_positions, model)))
+    block = partial(Block, model, wiring)
+    layers += [
+        LayerDef(f"block.{i}", block, partial(run_block, model, wiring, i + 1), repeats=True)
+        for i in range(model.num_layers)
+    ]
+    layers.append(LayerDef("final_norm", partial(make_norm, model, tp, sequence=sequence), _normalise))
+    layers.append(LayerDef("head", table if tied else head, partial(_logits, model), tied))
     return layers
-
-
-class NextTokenLoss(nn.Module):
-    """Mean cross-entropy in nats over the tokens of a micro-batch."""
-
-    def __init__(self, cfg: ModelConfig, ctx: ParallelContext) -> None:
-        super().__init__()
-        self.vocab_size, self.tp = cfg.vocab_size, ctx.tp
-
-    def forward(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Logits (B, S, this rank's columns) and targets (B, S) int64 -> scalar fp32, equal on all tp ranks."""
-        return vocab_parallel_cross_entropy(logits_BSV, labels_BS, vocab_size=self.vocab_size, tp=self.tp).mean()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.dist.context import AxisGroup
+from engine.model.feed import Feed
 from engine.parallel.logical import LogicalTensor, logical_of, name_parameters
 
 InitialWeights = Callable[[LogicalTensor], Tensor]
@@ -17,17 +20,21 @@ InitialWeights = Callable[[LogicalTensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerDef:
-    """One layer of the list: takes one tensor, gives one tensor. Nothing is allocated until `factory` is called.
+    """One layer of the list. Nothing is allocated until `factory` is called.
 
-    Layers with the same `tied_key` are one module wherever they meet on a rank, and copies kept equal across stages;
-    the first of them in the list names the parameters. `run(module, x)` replaces `module(x)` where a tied module plays
-    a second part.
+    `run(module, x, feed)` takes the output of the layer before (None for the first) and the micro-batch. Between layers
+    goes one tensor, the residual stream (B, L, D), but a layer that is `glued` to the one before it shares its stage
+    and may take anything. Layers with the same `tied_key` are one module wherever they meet on a rank, and copies kept
+    equal across stages; the first of them in the list names the parameters.
     """
 
     name: str
     factory: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Any, Feed], Any]
     tied_key: str | None = None
-    run: Callable[[nn.Module, Tensor], Tensor] | None = None
+    glued: bool = False
+    repeats: bool = False
+    """A transformer block: full recomputation groups these."""
 
 
 def owner_of(layers: Sequence[LayerDef], layer: LayerDef) -> LayerDef:
@@ -66,24 +73,77 @@ def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
     return found
 
 
-class WholeModel(nn.Module):
-    """The whole list on one rank (of each tensor-parallel slice): tokens in, output of the last layer out."""
+def glued_bounds(
+    layers: Sequence[LayerDef], cut: Callable[[Sequence[float]], Sequence[int]], costs: Sequence[float]
+) -> list[int]:
+    """Stage bounds over all layers from `cut`, which sees glued layers as one of their summed cost."""
+    starts = [index for index, layer in enumerate(layers) if not layer.glued]
+    ends = [*starts[1:], len(layers)]
+    bounds = cut([sum(costs[start:end]) for start, end in zip(starts, ends, strict=True)])
+    return [(*starts, len(layers))[index] for index in bounds]
 
-    def __init__(self, layers: Sequence[LayerDef], initial: InitialWeights, *, tp: AxisGroup) -> None:
+
+class Stack(nn.Module):
+    """Consecutive layers on one rank: the residual stream (None before the first layer) in, the last one's output out.
+
+    Args:
+        layers, modules: one module for each layer; a tied module may stand twice, in several stacks too.
+        recompute: blocks in one group whose activations are computed again in the backward pass; 0: none.
+    """
+
+    def __init__(self, layers: Sequence[LayerDef], modules: Sequence[nn.Module], recompute: int = 0) -> None:
         super().__init__()
-        built: dict[str, nn.Module] = {}
-        self.modules_ = nn.ModuleList()
-        self.steps: list[tuple[int, Callable[[nn.Module, Tensor], Tensor] | None]] = []
-        for layer in layers:
+        self.layers = tuple(layers)
+        self.parts = nn.ModuleList(modules)
+        self.groups: list[tuple[int, int, bool]] = []
+        index = 0
+        while index < len(layers):
+            end = index + 1
+            while recompute and layers[index].repeats and end < len(layers) and layers[end].repeats:
+                if end - index == recompute:
+                    break
+                end += 1
+            self.groups.append((index, end, bool(recompute) and layers[index].repeats))
+            index = end
+
+    def forward(self, x: Tensor | None, feed: Feed) -> Any:
+        """Tokens come from `feed`; the last layer of the model gives what its loss takes."""
+        for start, end, again in self.groups:
+            if again and torch.is_grad_enabled():
+                # Dropout masks are functions of the feed, so no generator state needs to be kept and put back.
+                x = checkpoint(self._span, start, end, x, feed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._span(start, end, x, feed)
+        return x
+
+    def _span(self, start: int, end: int, x: Any, feed: Feed) -> Any:
+        for index in range(start, end):
+            x = self.layers[index].run(self.parts[index], x, feed)
+        return x
+
+
+def build_stacks(
+    layers: Sequence[LayerDef],
+    spans: Sequence[tuple[int, int]],
+    initial: InitialWeights,
+    *,
+    tp: AxisGroup,
+    recompute: int = 0,
+    convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> list[Stack]:
+    """One stack for each span of `layers`; a tied module is built once for all of them.
+
+    Args:
+        convert: applied to each module as soon as it is built, so that a whole model need not fit.
+    """
+    built: dict[str, nn.Module] = {}
+    stacks = []
+    for start, end in spans:
+        modules = []
+        for layer in layers[start:end]:
             owner = owner_of(layers, layer).name
             if owner not in built:
-                built[owner] = materialize(owner, layer, initial, tp=tp)
-                self.modules_.append(built[owner])
-            self.steps.append((list(built).index(owner), layer.run))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, S) int64 -> logits (B, S, this rank's columns)."""
-        for index, run in self.steps:
-            module = self.modules_[index]
-            x = module(x) if run is None else run(module, x)
-        return x
+                built[owner] = convert(materialize(owner, layer, initial, tp=tp))
+            modules.append(built[owner])
+        stacks.append(Stack(layers[start:end], modules, recompute))
+    return stacks

@@ -7,38 +7,43 @@ from torch import Tensor, nn
 
 from engine.config.enums import Norm
 from engine.config.schema import ModelConfig
+from engine.dist.context import AxisGroup
 from engine.parallel.logical import replicated_parameter
+from engine.parallel.sequence import whole
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (arXiv 1607.06450)."""
 
-    def __init__(self, size: int, *, eps: float, bias: bool) -> None:
+    def __init__(self, size: int, *, eps: float, bias: bool, tp: AxisGroup, sequence: bool) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp, self.sequence = eps, tp, sequence
         self.weight = replicated_parameter((size,), init_value=1.0)
         self.bias = replicated_parameter((size,), init_value=0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight = whole(self.weight, self.tp, sequence=self.sequence)
+        bias = None if self.bias is None else whole(self.bias, self.tp, sequence=self.sequence)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467)."""
 
-    def __init__(self, size: int, *, eps: float) -> None:
+    def __init__(self, size: int, *, eps: float, tp: AxisGroup, sequence: bool) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp, self.sequence = eps, tp, sequence
         self.weight = replicated_parameter((size,), init_value=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = whole(self.weight, self.tp, sequence=self.sequence)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-def make_norm(cfg: ModelConfig) -> nn.Module:
+def make_norm(cfg: ModelConfig, tp: AxisGroup, *, sequence: bool) -> nn.Module:
     """The normalisation of `cfg` over the residual stream."""
     if cfg.norm is Norm.rmsnorm:
-        return RMSNorm(cfg.hidden_size, eps=cfg.norm_eps)
-    return LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, bias=cfg.bias)
+        return RMSNorm(cfg.hidden_size, eps=cfg.norm_eps, tp=tp, sequence=sequence)
+    return LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, bias=cfg.bias, tp=tp, sequence=sequence)

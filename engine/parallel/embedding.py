@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.dist.collectives import copy_to_axis, sum_over_axis
 from engine.dist.context import AxisGroup
-from engine.parallel.logical import LogicalTensor, make_parameter
+from engine.parallel.logical import LogicalTensor, Role, make_parameter
+from engine.parallel.sequence import enter, leave
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -17,41 +17,63 @@ class VocabParallelEmbedding(nn.Module):
     never looked up, and masked by the loss, so that their gradient is exactly zero.
     """
 
+    role: Role = "embedding"
+
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, padded: int, tp: AxisGroup, init_std: float, dropout: float = 0.0
+        self, vocab_size: int, hidden_size: int, *, padded: int, tp: AxisGroup, init_std: float, sequence: bool = False
     ) -> None:
         super().__init__()
-        self.tp, self.dropout = tp, dropout
+        self.tp, self.sequence = tp, sequence
+        self.stand_in: Tensor | None = None
+        """Used instead of the weight, whose memory it shares, where something else than autograd adds up gradients."""
         self.rows = padded // tp.size
         self.first_row = self.rows * tp.rank
-        logical = LogicalTensor((vocab_size, hidden_size), dim=0, padded=padded, init_std=init_std)
+        logical = LogicalTensor((vocab_size, hidden_size), dim=0, padded=padded, init_std=init_std, role=self.role)
         self.weight = make_parameter((self.rows, hidden_size), logical)
 
     def forward(self, x: Tensor, *, project: bool = False) -> Tensor:
-        """Token numbers (B, S) int64 -> (B, S, D), dropped, equal on all ranks; with `project` as `logits`.
+        """Token numbers (B, S) int64 -> residual stream (B, S or S/t, D); with `project` as `logits`.
 
         Both parts go through `forward`, because ZeRO-3 gathers a module's parameters when the module is called.
         """
-        if project:
-            return self.logits(x)
-        return F.dropout(self._look_up(x), self.dropout, self.training)
+        return self.logits(x) if project else self._look_up(x)
+
+    @property
+    def _table(self) -> Tensor:
+        return self.weight if self.stand_in is None else self.stand_in
 
     def _look_up(self, tokens_BS: Tensor) -> Tensor:
         if self.tp.group is None:
-            return F.embedding(tokens_BS, self.weight)
+            return F.embedding(tokens_BS, self._table)
         local = tokens_BS - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
-        x_BSD = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return sum_over_axis(x_BSD.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tp)
+        x_BSD = F.embedding(local.masked_fill(elsewhere, 0), self._table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return leave(x_BSD, self.tp, sequence=self.sequence)
 
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D), equal on all ranks -> this rank's columns of the logits, (B, S, padded / t)."""
-        return F.linear(copy_to_axis(x_BSD, self.tp), self.weight)
+    def logits(self, x: Tensor) -> Tensor:
+        """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
+        return F.linear(enter(x, self.tp, sequence=self.sequence), self._table)
 
 
 class VocabParallelHead(VocabParallelEmbedding):
     """An output projection with a weight of its own."""
 
+    role: Role = "head"
+
     def forward(self, x: Tensor, *, project: bool = True) -> Tensor:
-        """(B, S, D), equal on all ranks -> this rank's columns of the logits, (B, S, padded / t)."""
+        """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
         return super().forward(x, project=project)
+
+
+class VocabParallelBias(nn.Module):
+    """A bias per vocabulary entry, cut like the logits."""
+
+    def __init__(self, vocab_size: int, padded: int, tp: AxisGroup) -> None:
+        super().__init__()
+        self.weight = make_parameter(
+            (padded // tp.size,), LogicalTensor((vocab_size,), dim=0, padded=padded, decay=False)
+        )
+
+    def forward(self, logits_BSV: Tensor) -> Tensor:
+        """This rank's columns of the logits, (B, S, padded / t)."""
+        return logits_BSV + self.weight

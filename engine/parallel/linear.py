@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.dist.collectives import copy_to_axis, sum_over_axis
 from engine.dist.context import AxisGroup
 from engine.parallel.logical import LogicalTensor, make_parameter, replicated_parameter
+from engine.parallel.sequence import enter, leave, whole
 
 
 class ColumnParallelLinear(nn.Module):
@@ -17,6 +17,7 @@ class ColumnParallelLinear(nn.Module):
         in_features, out_features: logical sizes D and O.
         segments: sizes of fused parts of O (query, key and value, say), each cut on its own. Default: one part.
         init_std: standard deviation of the initial weight.
+        sequence: inputs hold this rank's part of the positions (see `engine.parallel.sequence`).
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         init_std: float,
         segments: tuple[int, ...] = (),
+        sequence: bool = False,
     ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.sequence = tp, sequence
         weight = LogicalTensor((out_features, in_features), dim=0, segments=segments, init_std=init_std)
         self.weight = make_parameter((out_features // tp.size, in_features), weight)
         self.bias: nn.Parameter | None = None
@@ -39,8 +41,8 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter((out_features // tp.size,), logical)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D), equal on all ranks -> (..., O/t)."""
-        return F.linear(copy_to_axis(x, self.tp), self.weight, self.bias)
+        """Residual stream (B, S or S/t, D) -> (B, S, O/t)."""
+        return F.linear(enter(x, self.tp, sequence=self.sequence), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -49,16 +51,47 @@ class RowParallelLinear(nn.Module):
     The bias is whole on every rank and added once, after the sum.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, tp: AxisGroup, bias: bool, init_std: float) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: AxisGroup,
+        bias: bool,
+        init_std: float,
+        sequence: bool = False,
+    ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.sequence = tp, sequence
         logical = LogicalTensor((out_features, in_features), dim=1, init_std=init_std)
         self.weight = make_parameter((out_features, in_features // tp.size), logical)
         self.bias = replicated_parameter((out_features,), init_value=0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D/t) -> (..., O), equal on all ranks."""
+        """(B, S, D/t) -> residual stream (B, S or S/t, O)."""
         if self.tp.group is None:
             return F.linear(x, self.weight, self.bias)
-        y = sum_over_axis(F.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y + self.bias
+        y = leave(F.linear(x, self.weight), self.tp, sequence=self.sequence)
+        return y if self.bias is None else y + whole(self.bias, self.tp, sequence=self.sequence)
+
+
+class ReplicatedLinear(nn.Module):
+    """y = x W^T + b with the whole W on every tp rank, for small layers.
+
+    With `sequence` the input is the cut residual stream, so that gradients are summed over the parts; without it every
+    tp rank computes the same.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, tp: AxisGroup, bias: bool, init_std: float, sequence: bool
+    ) -> None:
+        super().__init__()
+        self.tp, self.sequence = tp, sequence
+        shape = (out_features, in_features)
+        self.weight = make_parameter(shape, LogicalTensor(shape, init_std=init_std))
+        self.bias = replicated_parameter((out_features,), init_value=0.0) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O)."""
+        bias = None if self.bias is None else whole(self.bias, self.tp, sequence=self.sequence)
+        return F.linear(x, whole(self.weight, self.tp, sequence=self.sequence), bias)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from engine.dist.rng import stream_seed
+
+Role = Literal["", "matrix", "embedding", "head", "vector"]
+"""What optimizers and muP tell apart: matrices between hidden layers, tables looked up (also when they are the tied
+output projection), output projections, and norms and biases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,12 @@ class LogicalTensor:
     name: str = ""
     decay: bool = True
     """Whether weight decay applies: matrices and embeddings, not norms and biases."""
+    role: Role = ""
+    """When not given, "vector" for one dim and "matrix" for more."""
+
+    def __post_init__(self) -> None:
+        if not self.role:
+            object.__setattr__(self, "role", "vector" if len(self.shape) < 2 else "matrix")
 
     def local_slice(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The part of `full` (shape `shape`) that tensor-parallel rank `rank` of `size` holds; padding is zero."""

@@ -1,4 +1,4 @@
-"""Our axes in DeepSpeed's words, where "model" means all that splits one replica: pp and tp together."""
+"""Our axes in DeepSpeed's words, where "model" means all that splits one copy of the model: pp and tp together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import deepspeed
 import torch.distributed as dist
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from engine.dist.context import ParallelContext
@@ -22,41 +21,44 @@ def mark_parameters(parameters: Iterable[nn.Parameter]) -> None:
         parameter.tensor_model_parallel = logical_of(parameter).dim is not None  # type: ignore[attr-defined]
 
 
-def topology(ctx: ParallelContext) -> PipeModelDataParallelTopology:
-    """DeepSpeed's topology with our axis order (pp, dp, tp)."""
-    return PipeModelDataParallelTopology(num_pp=ctx.pp.size, num_dp=ctx.dp.size, num_mp=ctx.tp.size)
-
-
-class TensorDataUnit:
-    """DeepSpeed's `mpu` protocol for pp=1: who shares my data, who shares my model."""
+class Axes:
+    """DeepSpeed's `mpu` protocol: who averages gradients with me, and who holds the rest of my copy of the model."""
 
     def __init__(self, ctx: ParallelContext) -> None:
         self._ctx = ctx
         # DeepSpeed wants a real group also for an axis of one rank.
         alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][ctx.rank]
-        self._groups: dict[str, dist.ProcessGroup] = {"dp": ctx.dp.group or alone, "tp": ctx.tp.group or alone}
+        self._groups: dict[str, dist.ProcessGroup] = {
+            name: axis.group or alone
+            for name, axis in (("reduce", ctx.reduce), ("replica", ctx.replica), ("tp", ctx.tp))
+        }
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["dp"]
+        return self._groups["reduce"]
 
     def get_data_parallel_world_size(self) -> int:
-        return self._ctx.dp.size
+        return self._ctx.reduce.size
 
     def get_data_parallel_rank(self) -> int:
-        return self._ctx.dp.rank
+        return self._ctx.reduce.rank
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["tp"]
+        return self._groups["replica"]
 
     def get_model_parallel_world_size(self) -> int:
-        return self._ctx.tp.size
+        return self._ctx.replica.size
 
     def get_model_parallel_rank(self) -> int:
+        return self._ctx.replica.rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["tp"]
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._ctx.tp.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
         return self._ctx.tp.rank
 
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
     def get_pipeline_model_parallel_world_size(self) -> int:
-        return 1
+        return self._ctx.pp.size

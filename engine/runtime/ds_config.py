@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.enums import DType
+from engine.config.enums import DType, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
+from engine.runtime.offload import offload_config, offloads
 
 
 def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
@@ -18,34 +19,51 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     Clipping is off where Octant clips itself: see `engine.runtime.gradients`.
     """
     train, zero = cfg.train, cfg.zero
-    bf16 = cfg.precision.dtype is DType.bf16
     buckets = {"reduce_bucket_size": zero.bucket_elements, "allgather_bucket_size": zero.bucket_elements}
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accum_steps,
-        "train_batch_size": train.micro_batch * train.accum_steps * ctx.dp.size,
+        "train_batch_size": train.micro_batch * train.accum_steps * ctx.reduce.size,
         "gradient_clipping": cfg.optim.clip_norm if clips_itself(cfg) else 0.0,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": zero.overlap_comm and ctx.device.type == "cuda" and ctx.pp.size == 1 and ctx.dp.size > 1,
+            "overlap_comm": zero.overlap_comm and ctx.device.type == "cuda" and ctx.pp.size == 1 and ctx.reduce.size > 1,
             "contiguous_gradients": True,
             **buckets,
+            **offload_config(cfg, ctx),
         },
         # SGD and torch's fused optimizers are elementwise, which is all that ZeRO asks of an optimizer.
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
+        **_precision(cfg),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if bf16:
-        config["data_types"] = {"grad_accum_dtype": str(cfg.precision.grad_accum)}
+    if offloads(cfg):
+        config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is not OptimizerName.sgd
     if ctx.pp.size > 1:
-        # Cutting stage-to-stage activations over tp saves traffic between hosts but costs an all-gather per transfer.
-        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0}
+        # The pipeline runner says itself when a step's gradients are complete.
+        config["managed_gradient_accumulation"] = False
     config.update(cfg.runtime.deepspeed_extra)
     return config
+
+
+def _precision(cfg: Config) -> dict[str, Any]:
+    """Number formats. fp16 gradients are added up in fp32, and an overflow halves the scale at once."""
+    precision = cfg.precision
+    if precision.dtype is DType.bf16:
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": str(precision.grad_accum)}}
+    if precision.dtype is DType.fp16:
+        scale = {
+            "loss_scale": precision.loss_scale or 0,
+            "initial_scale_power": precision.initial_scale_power,
+            "loss_scale_window": precision.scale_window,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+        return {"fp16": {"enabled": True, **scale}, "data_types": {"grad_accum_dtype": str(DType.fp32)}}
+    return {"bf16": {"enabled": False}}
 
 
 def clips_itself(cfg: Config) -> bool:

@@ -22,14 +22,31 @@ def owned(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
     return (p for p in parameters if not getattr(p, "ds_pipe_replicated", False))
 
 
-def full_gradient(parameter: nn.Parameter, zero_stage: int) -> Tensor:
-    """The averaged gradient of this rank's tensor-parallel slice, fp32, whole over dp. Collective over dp."""
+def full_gradient(parameter: nn.Parameter, zero_stage: int, loss_scale: float = 1.0) -> Tensor:
+    """The averaged gradient of this rank's tensor-parallel slice, fp32, whole over dp. Collective over dp.
+
+    Args:
+        parameter: of the model that DeepSpeed holds.
+        zero_stage: 0 to 3.
+        loss_scale: what the gradients are still multiplied by, see `loss_scale_of`.
+    """
+    offloading = getattr(parameter, "_zero_optimizer", None)
+    if offloading is not None:
+        # Gradients travel to host memory beside the backward pass.
+        offloading._wait_for_offload_copies()
     if zero_stage == 3:
-        return parameter._z3_optimizer.get_fp32_grad_for_param(parameter).float()  # type: ignore[attr-defined]
-    if zero_stage > 0:
-        return parameter.get_full_hp_grad()  # type: ignore[attr-defined]
-    assert parameter.grad is not None, f"{logical_of(parameter).name} has no gradient"
-    return parameter.grad.float()
+        gradient = parameter._z3_optimizer.get_fp32_grad_for_param(parameter).float()  # type: ignore[attr-defined]
+    elif zero_stage > 0:
+        gradient = parameter.get_full_hp_grad()  # type: ignore[attr-defined]
+    else:
+        assert parameter.grad is not None, f"{logical_of(parameter).name} has no gradient"
+        gradient = parameter.grad.float()
+    return gradient if loss_scale == 1.0 else gradient / loss_scale
+
+
+def loss_scale_of(optimizer: object) -> float:
+    """The factor of the loss, and so of the gradients, in the step that runs: 1 but in fp16."""
+    return float(getattr(optimizer, "loss_scale", 1.0))
 
 
 def full_parameter(parameter: nn.Parameter) -> Tensor:
@@ -61,16 +78,27 @@ def mend_norm(optimizer: object, ctx: ParallelContext) -> None:
 
 def _zero_norm(optimizer: DeepSpeedZeroOptimizer, ctx: ParallelContext, norm_type: int = 2) -> Tensor:
     """The norm of the scaled gradients over all ranks: each rank adds the partition that it owns."""
-    norms = []
-    for index, parameters in enumerate(optimizer.params_in_partition):
-        parts = (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
-        for parameter, part in zip(parameters, parts, strict=True):
-            if _counts(parameter, ctx):
-                norms.append(torch.linalg.vector_norm(part, dtype=torch.float64))
+    counted = [p for parameters in optimizer.params_in_partition for p in parameters if _counts(p, ctx)]
+    if optimizer.cpu_offload:
+        # Taken on the GPU when the gradients left it; a parameter without a gradient has none.
+        known, ids = optimizer.norm_for_param_grads, map(optimizer.get_param_id, counted)
+        norms = [known[number].to(ctx.device, torch.float64) for number in ids if number in known]
+    else:
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in _parts(optimizer, counted)]
     total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=ctx.device)
     dist.all_reduce(total)
     norm = total.sqrt().float()
-    return torch.where(norm.isfinite(), norm, torch.inf)
+    # Offloaded gradients are scaled where they lie, by a factor that must lie there too.
+    return torch.where(norm.isfinite(), norm, torch.inf).to(optimizer.device)
+
+
+def _parts(optimizer: DeepSpeedZeroOptimizer, wanted: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    """This rank's parts of the gradients of `wanted`."""
+    chosen = set(map(id, wanted))
+    for index, parameters in enumerate(optimizer.params_in_partition):
+        parts = (g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
+        # What DeepSpeed pads a partition with stands last, and is not always marked.
+        yield from (part for p, part in zip(parameters, parts, strict=False) if id(p) in chosen)
 
 
 def _never_nothing(original: Callable[..., Any], ctx: ParallelContext, for_clipping: bool = False) -> Any:

@@ -1,4 +1,9 @@
-"""pp>1: DeepSpeed's pipeline over our layers, our stage bounds and our groups; ZeRO 0 and 1 over the replicas."""
+"""pp>1: our executor of pipeline programs over DeepSpeed's optimizers; ZeRO 0 to 2 over the replicas.
+
+DeepSpeed's own `PipelineEngine` runs one schedule, sends shapes before tensors, refuses ZeRO-2 and reads data on the
+first and last stage only. What is used of DeepSpeed here is its engine around an optimizer: reduction, ZeRO, loss
+scale, offload, step.
+"""
 
 from __future__ import annotations
 
@@ -8,94 +13,75 @@ from typing import Any
 
 import torch
 from deepspeed import comm as ds_comm
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
-from engine.model.gpt import NextTokenLoss
-from engine.model.layers import InitialWeights, LayerDef, materialize, owner_of
-from engine.optim.groups import build_optimizer
+from engine.dist.init import DTYPES
+from engine.model.batch import Batch
+from engine.model.build import build_loss
+from engine.model.layers import InitialWeights, LayerDef, build_stacks
+from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor
-from engine.protocols import Batch, StepResult
+from engine.protocols import StepResult
 from engine.runtime import gradients
+from engine.runtime.channels import Channels
 from engine.runtime.compile import compile_parts, wants_compile
-from engine.runtime.ds_axes import mark_parameters, topology
+from engine.runtime.ds_axes import Axes, mark_parameters
 from engine.runtime.ds_config import clips_itself, deepspeed_config
+from engine.runtime.executor import Executor, StageModel
+from engine.runtime.offload import begin_step, make_optimizer
+from engine.runtime.shards import attach_pieces
+from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
+from engine.runtime.tied import tied_copies
+from engine.topology.schedule import build as build_program
 
 
-class _Spec(LayerSpec):
-    """A `LayerDef` that DeepSpeed can build when it has decided to own it."""
+class _Engine(DeepSpeedEngine):
+    """`DeepSpeedEngine` around passes that are not its own.
 
-    def __init__(self, build: Callable[[], nn.Module]) -> None:
-        super().__init__(nn.Module)
-        self._build = build
+    `managed_gradient_accumulation` is off: gradients add up until `reduce` is called.
+    """
 
-    def build(self, log: bool = False) -> nn.Module:
-        return self._build()
+    def backward_from(self, output: Tensor, gradient: Tensor | None) -> None:
+        """Backward pass of one chunk for one micro-batch, with the optimizer's bookkeeping around it."""
+        if gradient is None:
+            # A share of the loss. Shares are summed over the ranks, whose gradients DeepSpeed averages.
+            output = output * float(self.mpu.get_data_parallel_world_size())
+            if isinstance(self.optimizer, ZeROOptimizer):
+                output = self.optimizer.scale_if_loss(output)
+        self._running_engine_backward = True
+        try:
+            if isinstance(self.optimizer, ZeROOptimizer):
+                self.optimizer.clear_backward_seen_flag()
+            self._backward_prologue()
+            if isinstance(self.optimizer, BF16_Optimizer):
+                self.optimizer.clear_lp_grads()
+            torch.autograd.backward(output, gradient)
+            self._backward_epilogue()
+        finally:
+            self._running_engine_backward = False
 
+    def reduce(self) -> None:
+        """Average the step's gradients over the ranks that share the data. As `DeepSpeedEngine.step` begins."""
+        self._running_engine_step = True
+        if self.zero_optimization_partition_gradients():
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        else:
+            self.allreduce_gradients()
 
-class _TiedSpec(TiedLayerSpec):
-    """The same for a layer whose module serves twice."""
-
-    def __init__(self, key: str, build: Callable[[], nn.Module], run: Callable[..., Tensor] | None) -> None:
-        super().__init__(key, nn.Module, forward_fn=run, tied_weight_attr="weight")
-        self._build = build
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self._build()
-
-
-class _Stage(PipelineModule):
-    """`PipelineModule` with stage bounds decided beforehand."""
-
-    def __init__(
-        self,
-        layers: Sequence[LayerDef],
-        bounds: Sequence[int],
-        initial: InitialWeights,
-        cfg: Config,
-        ctx: ParallelContext,
-    ) -> None:
-        self._bounds = list(bounds)
-        specs: list[LayerSpec] = []
-        for layer in layers:
-            owner = owner_of(layers, layer).name
-            build = partial(materialize, owner, layer, initial, tp=ctx.tp)
-            specs.append(_Spec(build) if layer.tied_key is None else _TiedSpec(layer.tied_key, build, layer.run))
-        loss = NextTokenLoss(cfg.model, ctx)
-        super().__init__(specs, topology=topology(ctx), loss_fn=loss)
-        mark_parameters(self.parameters())
-        if wants_compile(cfg, ctx.device):
-            compile_parts(self, loss)
-
-    def _partition_layers(self, method: str = "uniform") -> None:
-        self.parts = self._bounds
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-    def _synchronize_tied_weights(self) -> None:
-        # Broadcasting a leaf outside no_grad makes torch warn of a wrong gradient in every backward pass.
-        with torch.no_grad():
-            super()._synchronize_tied_weights()
-
-
-class _Engine(PipelineEngine):
-    """`PipelineEngine` that calls back between the reduction of the gradients and the optimizer step."""
-
-    before_step: Callable[[], None]
-
-    def _exec_optimizer_step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        self.before_step()
-        super()._exec_optimizer_step(lr_kwargs)
-
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_optimizer_step}
+    def update(self) -> None:
+        """Step the optimizer and drop the gradients."""
+        self._take_model_step(None)
+        self._running_engine_step = False
 
 
 class PipelineRunner:
-    """`Engine` over a `PipelineEngine`."""
+    """`Engine` over a stage's chunks."""
 
     def __init__(
         self,
@@ -107,48 +93,77 @@ class PipelineRunner:
     ) -> None:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
-        self._norm: Tensor | None = None
         ds_comm.init_distributed(dist_init_required=False)
-        stage = _Stage(layers, bounds, initial, cfg, ctx)
+        train, parallel = cfg.train, cfg.parallel
+        make = partial(build_program, parallel.schedule, ctx.pp.size, train.accum_steps, parallel.virtual_stages)
+        program = make()
+        chunks = program.chunks_of(ctx.pp.rank)
+        spans = [(bounds[chunk], bounds[chunk + 1]) for chunk in chunks]
+        built = build_stacks(layers, spans, initial, tp=ctx.tp, recompute=recompute_interval(cfg))
+        stacks = dict(zip(chunks, built, strict=True))
+        loss = build_loss(cfg, ctx)
+        self._stage = nn.ModuleList(built).to(ctx.device)
+        self._tied = tied_copies(layers, bounds, program, stacks, ctx)
+        mark_parameters(self._stage.parameters())
+        if wants_compile(cfg, ctx.device):
+            compile_parts(self._stage, loss)
         config = deepspeed_config(cfg, ctx)
+        axes = Axes(ctx)
         self._ds = _Engine(
             args=None,
-            model=stage,
-            optimizer=build_optimizer(stage.parameters(), cfg.optim, ctx.device),
-            mpu=stage.mpu(),
+            model=self._stage,
+            optimizer=make_optimizer(self._stage.parameters(), cfg, ctx),
+            mpu=axes,
             dist_init_required=False,
             config=config,
-            config_class=DeepSpeedConfig(config, stage.mpu()),
+            config_class=DeepSpeedConfig(config, axes),
         )
-        self._ds.before_step = self._before_step
         gradients.mend_norm(self._ds.optimizer, ctx)
-
-    def _before_step(self) -> None:
-        if self.on_gradients is not None:
-            self.on_gradients()
-        if not clips_itself(self._cfg):
-            parameters = self._ds.module.parameters()
-            self._norm = gradients.clip_by_global_norm(parameters, self._cfg.optim.clip_norm, self.ctx)
+        attach_pieces(self._ds.optimizer)
+        for copy in self._tied:
+            copy.stand_in()
+        model = StageModel(
+            chunks=stacks,
+            loss=loss,
+            backward=self._ds.backward_from,
+            width=cfg.model.hidden_size,
+            dtype=DTYPES[cfg.precision.dtype],
+        )
+        channels = Channels(ctx, program)
+        self.training = Executor(program, model, ctx, channels)
+        self._evaluation = Executor(make(forward_only=True), model, ctx, channels)
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches, which fill the pipeline."""
-        for group in self._ds.optimizer.param_groups:
-            group["lr"] = lr
-        self._norm = None
-        loss = self._ds.train_batch(iter(batches))
-        norm = self._ds.get_global_grad_norm() if self._norm is None else self._norm
-        return StepResult(loss=loss, grad_norm=torch.as_tensor(norm, device=self.ctx.device))
+        set_learning_rate(self._ds.optimizer, lr)
+        self._stage.train()
+        begin_step(self._ds.optimizer)
+        total = self.training.run(make_feeds(batches, self._cfg, self.ctx), train=True)
+        for copy in self._tied:
+            copy.hand_in(self._ds.backward_from)
+        self._ds.reduce()
+        if self.on_gradients is not None:
+            self.on_gradients()
+        norm: Any = None
+        if not clips_itself(self._cfg):
+            norm = gradients.clip_by_global_norm(self._stage.parameters(), self._cfg.optim.clip_norm, self.ctx)
+        self._ds.update()
+        if norm is None:
+            norm = self._ds.get_global_grad_norm()
+        return StepResult(loss=sum_of_shares(total, self.ctx), grad_norm=torch.as_tensor(norm, device=self.ctx.device))
 
+    @torch.no_grad()
     def eval_step(self, batches: Iterable[Batch]) -> Tensor:
         """See `Engine.eval_step`."""
-        loss: Tensor = self._ds.eval_batch(iter(batches))
-        return loss
+        self._stage.eval()
+        return sum_of_shares(self._evaluation.run(make_feeds(batches, self._cfg, self.ctx), train=False), self.ctx)
 
     def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.gradients`."""
-        value = partial(gradients.full_gradient, zero_stage=self._cfg.zero.stage)
-        return gradients.read(self._ds.module.parameters(), value)
+        scale = gradients.loss_scale_of(self._ds.optimizer)
+        value = partial(gradients.full_gradient, zero_stage=self._cfg.zero.stage, loss_scale=scale)
+        return gradients.read(self._stage.parameters(), value)
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.parameters`."""
-        return gradients.read(self._ds.module.parameters(), gradients.full_parameter)
+        return gradients.read(self._stage.parameters(), gradients.full_parameter)

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from engine.config.derived import width_ratio
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
-from engine.model.gpt import NextTokenLoss
-from engine.model.layers import InitialWeights, LayerDef, WholeModel
+from engine.model.batch import Batch
+from engine.model.build import build_loss
+from engine.model.feed import Feed
+from engine.model.layers import InitialWeights, LayerDef, build_stacks
 from engine.optim.groups import build_optimizer
+from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor, logical_of
-from engine.protocols import Batch, StepResult
+from engine.protocols import StepResult
+from engine.runtime.steps import make_feeds
 
 
 class ReferenceEngine:
@@ -22,22 +27,21 @@ class ReferenceEngine:
     def __init__(self, layers: Sequence[LayerDef], initial: InitialWeights, cfg: Config, ctx: ParallelContext) -> None:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
-        self.model = WholeModel(layers, initial, tp=ctx.tp).to(ctx.device)
-        self._loss = NextTokenLoss(cfg.model, ctx)
-        self._optimizer = build_optimizer(self.model.parameters(), cfg.optim, ctx.device)
+        (model,) = build_stacks(layers, [(0, len(layers))], initial, tp=ctx.tp)
+        self.model = model.to(ctx.device)
+        self._loss = build_loss(cfg, ctx)
+        self._optimizer = build_optimizer(self.model.parameters(), cfg.optim, ctx, width_ratio=width_ratio(cfg.model))
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         self.model.train()
         self._optimizer.zero_grad()
-        batches = list(batches)
         total = torch.zeros((), device=self.ctx.device)
-        for tokens_BS, labels_BS in batches:
-            loss = self._micro_loss(tokens_BS, labels_BS) / len(batches)
-            loss.backward()
-            total += loss.detach()
+        for feed in make_feeds(batches, self._cfg, self.ctx):
+            share = self._share(feed)
+            share.backward()
+            total += share.detach()
         if self.on_gradients is not None:
             self.on_gradients()
         norm = self._clip(self._cfg.optim.clip_norm)
@@ -57,7 +61,7 @@ class ReferenceEngine:
     def eval_step(self, batches: Iterable[Batch]) -> Tensor:
         """See `Engine.eval_step`."""
         self.model.eval()
-        return torch.stack([self._micro_loss(*batch) for batch in batches]).mean()
+        return torch.stack([self._share(feed) for feed in make_feeds(batches, self._cfg, self.ctx)]).sum()
 
     def gradients(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.gradients`."""
@@ -70,6 +74,6 @@ class ReferenceEngine:
         for parameter in self.model.parameters():
             yield logical_of(parameter), parameter.detach()
 
-    def _micro_loss(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        loss: Tensor = self._loss(self.model(tokens_BS.to(self.ctx.device)), labels_BS.to(self.ctx.device))
-        return loss
+    def _share(self, feed: Feed) -> Tensor:
+        share: Tensor = self._loss(self.model(None, feed), feed)
+        return share

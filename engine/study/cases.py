@@ -1,102 +1,188 @@
-"""Parity cases: which layouts, which flavours, and the configuration of each."""
+"""Parity cases: the settings, their values, and the configuration that a case means."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from engine.config import rules
-from engine.config.enums import Activation, DType, Norm, OptimizerName, Positions, ScheduleName, Switch, WandbMode
-from engine.config.schema import Config
+from engine.config.derived import parts_per_rank
+from engine.config.enums import (
+    Activation,
+    Attention,
+    DType,
+    Family,
+    Norm,
+    Offload,
+    OptimizerName,
+    PipelineSchedule,
+    Positions,
+    Recompute,
+    ScheduleName,
+    SentenceHead,
+    Switch,
+    WandbMode,
+)
+from engine.config.schema import Config, ModelConfig
 from engine.errors import Violation
 
 GLOBAL_BATCH = 32
 """Samples in every case's global batch, whatever the layout: micro_batch takes what dp and accumulation leave."""
-SGD_LR = 1.0
-"""Large on purpose: a weight near 1 that moves little shows the rounding of its storage, not an error of the engine."""
+LOSS_SCALE = 1024.0
+"""Of fp16: constant, so that no step is left out."""
+
+Domains = Mapping[str, Sequence[Any]]
+"""Setting -> its values."""
+
+LAYOUT: Domains = {
+    "world": (1, 2, 4, 8),
+    "pp": (1, 2, 4),
+    "tp": (1, 2, 4),
+    "context": (1, 2, 4),
+    "sequence": (False, True),
+    "schedule": ("one_f_one_b", "interleaved", "dualpipev"),
+    "zero": (0, 1, 2, 3),
+    "accum": (1, 4, 8),
+    "offload": ("none", "cpu"),
+    "flavour": ("gpt2", "llama", "bert"),
+}
+"""Settings that rules relate to each other."""
+FREE: Domains = {
+    "recompute": ("none", "selective", "full", "full2"),
+    "tied": (True, False),
+    "dropout": (0.0, 0.1),
+    "length": ("fixed", "variable"),
+    "loss": ("plain", "smoothed"),
+}
+"""Settings whose values are legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One layout of one model. `dp` follows from `world`."""
+    """One combination of settings. `dp` follows from `world`."""
 
     world: int
-    pp: int
-    tp: int
-    zero: int
-    accum: int
-    flavour: str
-    tied: bool
+    pp: int = 1
+    tp: int = 1
+    context: int = 1
+    sequence: bool = False
+    schedule: str = "one_f_one_b"
+    zero: int = 1
+    accum: int = 1
+    offload: str = "none"
+    flavour: str = "gpt2"
+    recompute: str = "none"
+    tied: bool = True
+    dropout: float = 0.0
+    length: str = "fixed"
+    loss: str = "plain"
 
     @property
     def dp(self) -> int:
-        return self.world // (self.pp * self.tp)
+        return self.world // (self.pp * self.context * self.tp)
 
     @property
-    def model_key(self) -> str:
-        """Cases with equal keys share one reference."""
-        return f"{self.flavour}-{'tied' if self.tied else 'untied'}"
+    def grid(self) -> tuple[int, int, int, int]:
+        """Cases of one grid share their processes."""
+        return self.world, self.pp, self.context, self.tp
+
+    def model_words(self) -> list[str]:
+        """What the oracle must know of it, but for the depth."""
+        words = [self.flavour, "tied" if self.tied else "untied"]
+        words += [f"dropout{self.dropout}"] * (self.dropout > 0) + ["variable"] * (self.length == "variable")
+        return words + ["smoothed"] * (self.loss == "smoothed")
 
     def __str__(self) -> str:
-        return f"pp{self.pp} dp{self.dp} tp{self.tp} zero{self.zero} accum{self.accum} {self.model_key}"
-
-
-FLAVOURS = ("gpt2", "llama")
+        schedule = {"one_f_one_b": [], "interleaved": ["interleaved"], "dualpipev": ["dualpipev"]}[self.schedule]
+        words = [f"pp{self.pp}", *schedule, f"dp{self.dp}"]
+        words += [f"cp{self.context}"] * (self.context > 1)
+        words += [f"tp{self.tp}" + "+sequence" * self.sequence]
+        words += [f"zero{self.zero}" + "+offload" * (self.offload != "none"), f"accum{self.accum}"]
+        words += [f"recompute-{self.recompute}"] * (self.recompute != "none")
+        return " ".join([*words, *self.model_words()])
 
 
 def with_flavour(cfg: Config, flavour: str, tied: bool) -> Config:
-    """`cfg` with its sizes kept and everything else of the model as GPT-2 or Llama has it."""
-    cfg = deepcopy(cfg)
+    """`cfg` with its sizes kept and everything else of the model as GPT-2, Llama or BERT has it."""
+    # Section by section: a deep copy takes most of the time of planning.
+    cfg = replace(cfg, **{section.name: replace(getattr(cfg, section.name)) for section in fields(cfg)})
     model = cfg.model
-    model.tied_head = tied
-    llama = flavour == "llama"
+    llama, bert = flavour == "llama", flavour == "bert"
+    model.family = Family.bert if bert else Family.gpt
+    model.tied_head, model.bias = tied, not llama
     model.positions = Positions.rotary if llama else Positions.learned
     model.norm = Norm.rmsnorm if llama else Norm.layernorm
-    model.activation = Activation.swiglu if llama else Activation.gelu_tanh
-    model.bias = not llama
+    model.norm_eps = 1e-12 if bert else 1e-5
+    model.activation = {"gpt2": Activation.gelu_tanh, "llama": Activation.swiglu, "bert": Activation.gelu}[flavour]
+    model.token_types = 2 if bert else 0
+    model.sentence_head = SentenceHead.next_sentence if bert else SentenceHead.none
+    if llama and model.num_kv_heads is None and model.num_heads % 2 == 0:
+        model.num_kv_heads = model.num_heads // 2
     return cfg
 
 
 def configure(base: Config, case: Case) -> Config:
-    """The configuration of `case`: fp32, plain SGD, clipping on, no dropout, the same global batch in every layout."""
+    """The configuration of `case`: in the dtype of `base`, clipping on, the same global batch in every layout.
+
+    The model is deeper than that of `base` where a schedule has more parts than it has blocks. Dropout of attention
+    weights is the reference's, whose mask is the same in every layout.
+    """
     cfg = with_flavour(base, case.flavour, case.tied)
-    cfg.model.dropout = cfg.model.attention_dropout = 0.0
-    cfg.parallel.pp, cfg.parallel.tp, cfg.parallel.dp = case.pp, case.tp, case.dp
-    cfg.zero.stage = case.zero
-    cfg.train.accum_steps = case.accum
-    cfg.train.micro_batch = GLOBAL_BATCH // (case.accum * case.dp)
-    cfg.train.eval_batches = 0
-    cfg.optim.name, cfg.optim.schedule = OptimizerName.sgd, ScheduleName.constant
-    cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.warmup_steps = SGD_LR, 0.0, 0.0, 0
-    cfg.precision.dtype, cfg.precision.tf32 = DType.fp32, False
+    _set_layout(cfg, case)
+    train, optim, precision = cfg.train, cfg.optim, cfg.precision
+    train.recompute = Recompute[case.recompute.removesuffix("2")]
+    train.recompute_interval = 2 if case.recompute == "full2" else 1
+    train.label_smoothing, train.z_loss = (0.1, 1e-3) if case.loss == "smoothed" else (0.0, 0.0)
+    train.eval_batches = 0
+    cfg.data.variable_length = case.length == "variable"
+    cfg.model.dropout = cfg.model.attention_dropout = case.dropout
+    if case.dropout:
+        cfg.kernels.attention = Attention.reference
+    optim.name, optim.schedule, optim.warmup_steps = OptimizerName.sgd, ScheduleName.constant, 0
+    precision.tf32, precision.grad_accum = False, DType.fp32
+    precision.loss_scale = LOSS_SCALE if precision.dtype is DType.fp16 else None
     cfg.kernels.compile = Switch.off
     cfg.logging.wandb = WandbMode.disabled
     return cfg
 
 
-def enumerate_cases(
-    base: Config,
-    *,
-    worlds: Sequence[int],
-    pp: Sequence[int],
-    tp: Sequence[int],
-    zero: Sequence[int],
-    accum: Sequence[int],
-    flavours: Sequence[str],
-    tied: Sequence[bool],
-) -> Iterator[Case]:
-    """Every combination that the rules allow, grouped by world size and layout."""
-    for world in worlds:
-        for p in pp:
-            for t in tp:
-                if world % (p * t):
-                    continue
-                for case in (
-                    Case(world, p, t, z, a, f, k) for z in zero for a in accum for f in flavours for k in tied
-                ):
-                    if GLOBAL_BATCH % (case.dp * case.accum) == 0 and not rules.check(configure(base, case), world):
-                        yield case
+def _set_layout(cfg: Config, case: Case) -> None:
+    parallel = cfg.parallel
+    parallel.pp, parallel.tp, parallel.dp, parallel.context = case.pp, case.tp, case.dp, case.context
+    parallel.sequence, parallel.schedule = case.sequence, PipelineSchedule[case.schedule]
+    parallel.virtual_stages = 2 if parallel.schedule is PipelineSchedule.interleaved else 1
+    if case.schedule != "one_f_one_b":
+        cfg.model.num_layers = max(cfg.model.num_layers, case.pp * parts_per_rank(parallel))
+    cfg.zero.stage, cfg.zero.offload_optimizer = case.zero, Offload[case.offload]
+    cfg.train.accum_steps = case.accum
+    cfg.train.micro_batch = GLOBAL_BATCH // (case.accum * case.dp)
+
+
+def oracle_config(base: Config, case: Case) -> Config:
+    """What the oracle computes for `case`: the same model, data and loss, in fp32 on one rank."""
+    cfg = configure(base, alone(case, zero=0))
+    cfg.model.num_layers = configure(base, case).model.num_layers
+    cfg.precision.dtype, cfg.precision.loss_scale = DType.fp32, None
+    return cfg
+
+
+def alone(case: Case, zero: int) -> Case:
+    """`case` without anything parallel or memory-saving."""
+    return Case(
+        world=1,
+        zero=zero,
+        flavour=case.flavour,
+        tied=case.tied,
+        dropout=case.dropout,
+        length=case.length,
+        loss=case.loss,
+    )
+
+
+def model_key(base: Config, case: Case) -> str:
+    """Cases with equal keys share one oracle."""
+    return "-".join([*case.model_words(), f"{configure(base, case).model.num_layers}blocks"])
 
 
 def refusal(base: Config, case: Case) -> list[Violation]:
@@ -104,18 +190,13 @@ def refusal(base: Config, case: Case) -> list[Violation]:
     return rules.check(configure(base, case), case.world)
 
 
-def covering_subset(cases: Sequence[Case]) -> list[Case]:
-    """A small subset in which every pair of values of two settings that occurs at all occurs at least once (greedy)."""
-    fields = ("world", "pp", "tp", "zero", "accum", "flavour", "tied")
+def is_legal(base: Config, case: Case) -> bool:
+    """Whether the rules allow `case`, the global batch comes out even, and sequence parallelism means something."""
+    if case.world % (case.pp * case.context * case.tp) or GLOBAL_BATCH % (case.dp * case.accum):
+        return False
+    return (case.tp > 1 or not case.sequence) and not refusal(base, case)
 
-    def pairs(case: Case) -> set[tuple[str, object, str, object]]:
-        values = [(name, getattr(case, name)) for name in fields]
-        return {(*a, *b) for i, a in enumerate(values) for b in values[i + 1 :]}
 
-    missing = set().union(*(pairs(case) for case in cases)) if cases else set()
-    chosen: list[Case] = []
-    while missing:
-        best = max(cases, key=lambda case: (len(pairs(case) & missing), -case.world))
-        chosen.append(best)
-        missing -= pairs(best)
-    return sorted(chosen, key=lambda case: (case.world, case.pp, case.tp, case.zero))
+def sizes_of(model: ModelConfig) -> str:
+    """The base model's sizes, for the report."""
+    return f"{model.num_layers} blocks, {model.hidden_size} wide, {model.num_heads} heads, {model.vocab_size} tokens"

@@ -1,7 +1,7 @@
-"""Rank <-> (pp, dp, tp) arithmetic of the 3D mesh.
+"""Rank <-> (pp, dp, cp, tp) arithmetic of the mesh.
 
 Ranks are laid out row-major in `AXIS_ORDER`, outermost first: tensor-parallel ranks are neighbours (same node, fastest
-links), pipeline stages are furthest apart (they exchange least).
+links), then the context-parallel ranks that share a sequence; pipeline stages are furthest apart (they exchange least).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from engine.config.layout import layout_violations
 from engine.config.schema import ParallelConfig
 from engine.errors import TopologyError, Violation
 
-AXIS_ORDER = ("pp", "dp", "tp")
+AXIS_ORDER = ("pp", "dp", "cp", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Coord:
 
     pp: int
     dp: int
+    cp: int
     tp: int
 
 
@@ -31,10 +32,12 @@ class Grid:
 
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     tp: int = 1
 
     def __post_init__(self) -> None:
-        found = layout_violations(ParallelConfig(pp=self.pp, tp=self.tp, dp=self.dp), self.pp * self.dp * self.tp)
+        parallel = ParallelConfig(pp=self.pp, tp=self.tp, dp=self.dp, context=self.cp)
+        found = layout_violations(parallel, self.world_size)
         if found:
             raise TopologyError(found)
 
@@ -47,12 +50,13 @@ class Grid:
         found = layout_violations(parallel, world_size)
         if found:
             raise TopologyError(found)
-        return cls(pp=parallel.pp, dp=world_size // (parallel.pp * parallel.tp), tp=parallel.tp)
+        pp, cp, tp = parallel.pp, parallel.context, parallel.tp
+        return cls(pp=pp, dp=world_size // (pp * cp * tp), cp=cp, tp=tp)
 
     @property
     def world_size(self) -> int:
         """Ranks of the whole mesh."""
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     def coord(self, rank: int) -> Coord:
         """Coordinates of `rank`. Raises `TopologyError` (210) when there is no such rank."""
@@ -61,16 +65,17 @@ class Grid:
                 210,
                 "rank",
                 rank,
-                f"the grid pp({self.pp}) * dp({self.dp}) * tp({self.tp}) has {self.world_size} ranks",
+                f"the grid pp({self.pp}) * dp({self.dp}) * cp({self.cp}) * tp({self.tp}) has {self.world_size} ranks",
                 f"Use 0..{self.world_size - 1}",
             )
         outer, tp = divmod(rank, self.tp)
+        outer, cp = divmod(outer, self.cp)
         pp, dp = divmod(outer, self.dp)
-        return Coord(pp=pp, dp=dp, tp=tp)
+        return Coord(pp=pp, dp=dp, cp=cp, tp=tp)
 
-    def rank(self, *, pp: int, dp: int, tp: int) -> int:
+    def rank(self, *, pp: int, dp: int, cp: int = 0, tp: int) -> int:
         """The rank at these coordinates. Raises `TopologyError` (211) naming every axis that is out of range."""
-        asked = (("pp", pp, self.pp), ("dp", dp, self.dp), ("tp", tp, self.tp))
+        asked = (("pp", pp, self.pp), ("dp", dp, self.dp), ("cp", cp, self.cp), ("tp", tp, self.tp))
         found = [
             Violation(
                 code=211,
@@ -84,7 +89,7 @@ class Grid:
         ]
         if found:
             raise TopologyError(found)
-        return (pp * self.dp + dp) * self.tp + tp
+        return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
     def groups(self, *axes: str) -> list[list[int]]:
         """All groups of ranks that differ only along `axes`, each ascending, ordered by their first rank.

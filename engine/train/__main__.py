@@ -11,6 +11,7 @@ from engine.config import launch_env, rules
 from engine.config.load import HelpRequested, load
 from engine.errors import EngineError, LaunchError
 from engine.observe.log import is_main
+from engine.plan import host
 
 SILENT_WAIT_S = 5.0
 
@@ -23,11 +24,13 @@ def main(argv: list[str]) -> int:
         # Everything that needs no torch is checked before torch is imported.
         if env is not None:
             rules.require(cfg, env.world_size)
+            host.require(cfg, env.world_size, env.local_world_size)
         from engine.train import local, session
 
         if env is None:
             world_size = local.world_size(cfg)
             rules.require(cfg, world_size)
+            host.require(cfg, world_size, world_size)
             session.check_before_launch(cfg)
             if world_size > 1:
                 local.start_ranks(world_size, cfg, argv)

@@ -11,7 +11,8 @@ from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.observe.progress import human_count
 from engine.plan.costs import parameter_counts, total_parameters
-from engine.topology.schedule import simulate
+from engine.topology.execution import execute
+from engine.topology.schedule import build
 from engine_kernels.registry import Choice
 
 
@@ -19,11 +20,12 @@ def describe(
     cfg: Config, ctx: ParallelContext, names: Sequence[str], bounds: Sequence[int], attention: Choice
 ) -> Iterator[str]:
     """Model and mesh; global batch; stages with their share of the parameters; kernels."""
-    train, grid = cfg.train, ctx.grid
+    train, parallel, grid = cfg.train, cfg.parallel, ctx.grid
+    shared = f" x context {grid.cp}" if grid.cp > 1 else ""
     where = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "CPU"
     yield (
         f"Octant {engine.__version__}: {cfg.model.name}, {human_count(total_parameters(cfg.model))} parameters on "
-        f"{grid.world_size} ranks = pp {grid.pp} x dp {grid.dp} x tp {grid.tp}, {where}"
+        f"{grid.world_size} ranks = pp {grid.pp} x dp {grid.dp} x tp {grid.tp}{shared}, {where}"
     )
     samples = train.micro_batch * train.accum_steps * grid.dp
     yield (
@@ -33,10 +35,15 @@ def describe(
     )
     if grid.pp > 1:
         counts = parameter_counts(cfg.model)
+        program = build(parallel.schedule, grid.pp, train.accum_steps, parallel.virtual_stages)
         for stage in range(grid.pp):
-            part = names[bounds[stage] : bounds[stage + 1]]
-            size = human_count(sum(counts[name] for name in part))
-            yield f"stage {stage}: {part[0]} .. {part[-1]}, {len(part)} layers, {size} parameters"
-        idle = simulate(grid.pp, train.accum_steps).bubble
-        yield f"1F1B with {train.accum_steps} micro-batches: bubble {idle:.0%}; more train.accum_steps shrink it"
+            parts = [names[bounds[chunk] : bounds[chunk + 1]] for chunk in program.chunks_of(stage)]
+            size = human_count(sum(counts[name] for part in parts for name in part))
+            where = ", ".join(f"{part[0]} .. {part[-1]}" for part in parts)
+            yield f"stage {stage}: {where}, {sum(map(len, parts))} layers, {size} parameters"
+        idle = execute(program).bubble
+        yield (
+            f"{parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.0%} if stages are equal; "
+            "more train.accum_steps shrink it"
+        )
     yield str(attention)

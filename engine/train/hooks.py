@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.weights import save_weights
+from engine.config.derived import sequence_multiple
 from engine.config.enums import WandbMode
 from engine.config.schema import Config
 from engine.data import Data
@@ -109,12 +110,18 @@ class Validation(_Quiet):
         assert self._data.valid is not None
         start = time.perf_counter()
         total = 0.0
-        for index in range(train.eval_batches):
+        count = min(train.eval_batches, self._data.valid.num_batches(train.micro_batch * train.accum_steps * dp.size))
+        for index in range(count):
             batches = self._data.valid.micro_batches(
-                index, dp_rank=dp.rank, dp=dp.size, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+                index,
+                dp_rank=dp.rank,
+                dp=dp.size,
+                micro_batch=train.micro_batch,
+                accum_steps=train.accum_steps,
+                multiple=sequence_multiple(self._cfg.parallel),
             )
             total += float(self._engine.eval_step(batches))
-        loss = total / train.eval_batches
+        loss = total / count
         self._losses.append(loss)
         self._sink.write(step, {"val_loss": loss})
         say(f"step {step}: validation loss {loss:.4f}")

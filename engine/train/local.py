@@ -15,12 +15,12 @@ from engine.errors import LaunchError
 
 
 def world_size(cfg: Config) -> int:
-    """Ranks that a run without a launcher needs: pp * tp * dp, where an unset dp uses all GPUs, or is 1 on the CPU.
+    """Ranks of a run without a launcher: pp * context * tp * dp, where an unset dp uses all GPUs, or is 1 on the CPU.
 
     Raises:
         LaunchError: more ranks than visible GPUs.
     """
-    one_replica = max(1, cfg.parallel.pp * cfg.parallel.tp)
+    one_replica = max(1, cfg.parallel.pp * cfg.parallel.context * cfg.parallel.tp)
     if resolve_device_type(cfg.train.device) == "cpu":
         return one_replica * (cfg.parallel.dp or 1)
     gpus = torch.cuda.device_count()
@@ -28,7 +28,7 @@ def world_size(cfg: Config) -> int:
     if wanted > gpus:
         raise LaunchError.of(
             513,
-            "parallel.pp*parallel.tp*parallel.dp",
+            "parallel.pp*parallel.context*parallel.tp*parallel.dp",
             wanted,
             f"this machine shows {gpus} GPUs and each rank needs its own",
             f"Use degrees whose product is at most {gpus}, start on more machines with torchrun, or train.device=cpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from engine.config.derived import sequence_multiple
 from engine.config.schema import Config
 from engine.data import Data
 from engine.optim.schedule import learning_rate
@@ -26,12 +27,17 @@ class Hook(Protocol):
 
 def fit(engine: Engine, data: Data, cfg: Config, hooks: Sequence[Hook]) -> dict[str, Any]:
     """Train for `cfg.train.steps` steps and return the summary that the hooks filled."""
-    train, dp = cfg.train, engine.ctx.dp
+    train, dp, multiple = cfg.train, engine.ctx.dp, sequence_multiple(cfg.parallel)
     for hook in hooks:
         hook.before_training()
     for step in range(train.steps):
         batches = data.train.micro_batches(
-            step, dp_rank=dp.rank, dp=dp.size, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+            step,
+            dp_rank=dp.rank,
+            dp=dp.size,
+            micro_batch=train.micro_batch,
+            accum_steps=train.accum_steps,
+            multiple=multiple,
         )
         lr = learning_rate(cfg.optim, step, train.steps)
         result = engine.train_step(batches, lr)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from engine import runtime
 from engine.checkpoint.weights import weights_reader
 from engine.config.derived import head_dim
-from engine.config.enums import DType
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml, to_dict
 from engine.config.schema import Config
@@ -20,17 +19,15 @@ from engine.data import Data, open_data
 from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
-from engine.dist.rng import seed_everything
 from engine.errors import CheckpointError, ConfigError
-from engine.model.gpt import build_layers
+from engine.model.build import build_layers, stage_bounds
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
 from engine.observe.folder import open_run_folder, usable_run_folder
-from engine.plan.costs import layer_costs
 from engine.protocols import Engine
+from engine.runtime import extensions
 from engine.topology.grid import Grid
-from engine.topology.partition import partition
 from engine.train.describe import describe
 from engine.train.hooks import standard_hooks
 from engine.train.loop import fit
@@ -54,16 +51,17 @@ def prepare(cfg: Config, device: torch.device) -> Data:
     Needs no other rank: builders lock each other out.
 
     Raises:
-        ConfigError: see `choose_attention`.
+        ConfigError: see `choose_attention` and `extensions.require`.
         CheckpointError: see `weights_reader`.
         DataError: the corpus is missing, damaged or too small.
     """
+    extensions.require(cfg)
     attention = choose_attention(cfg, device)
     if cfg.checkpoint.initial_weights is not None:
-        layers = build_layers(cfg.model, ParallelContext.single(), attention.impl.fn)
+        layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
         weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
     prepare_data(cfg.data, log.say)
-    return open_data(cfg.data)
+    return open_data(cfg.data, cfg.model)
 
 
 def choose_attention(cfg: Config, device: torch.device) -> Choice:
@@ -72,8 +70,9 @@ def choose_attention(cfg: Config, device: torch.device) -> Choice:
     Raises:
         ConfigError: the one asked for cannot run here.
     """
-    dtype = torch.bfloat16 if cfg.precision.dtype is DType.bf16 else torch.float32
-    situation = Situation(device, dtype, head_dim=head_dim(cfg.model))
+    situation = Situation(
+        device, init.DTYPES[cfg.precision.dtype], head_dim=head_dim(cfg.model), dropout=cfg.model.attention_dropout > 0
+    )
     try:
         return choose("attention", str(cfg.kernels.attention), situation)
     except KernelUnavailable as error:
@@ -85,16 +84,14 @@ def choose_attention(cfg: Config, device: torch.device) -> Choice:
 def build_engine(cfg: Config, ctx: ParallelContext) -> Engine:
     """The engine of this rank, with what it is made of printed by rank 0. Collective."""
     attention = choose_attention(cfg, ctx.device)
-    layers = build_layers(cfg.model, ctx, attention.impl.fn)
-    bounds = partition(layer_costs(cfg.model, cfg.parallel.balance, cfg.data.seq_len), ctx.pp.size)
+    layers = build_layers(cfg, ctx, attention.impl.fn)
+    bounds = stage_bounds(cfg, layers)
     for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
         log.say(line)
     initial = random_weights(cfg.train.seed)
     if cfg.checkpoint.initial_weights is not None:
         initial = weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
-    engine = runtime.build(layers, bounds, initial, cfg, ctx)
-    seed_everything(cfg.train.seed, ctx)
-    return engine
+    return runtime.build(layers, bounds, initial, cfg, ctx)
 
 
 def open_folder(cfg: Config) -> Path:

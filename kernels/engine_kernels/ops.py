@@ -8,35 +8,129 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine_kernels.reference.attention import AttentionDropout, key_mask
 from engine_kernels.reference.attention import attention as reference_attention
+from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
 from engine_kernels.registry import Impl, Situation, register
+from engine_kernels.seeded import seeded
+
+__all__ = [
+    "AttentionDropout",
+    "AttentionFn",
+    "attention_keys",
+    "cudnn_attention",
+    "dropout",
+    "row_keys",
+    "sdpa_attention",
+]
 
 
 class AttentionFn(Protocol):
     """(B,S,N,H), (B,S,K,H), (B,S,K,H) -> (B,S,N,H); see `engine_kernels.reference.attention`."""
 
     def __call__(
-        self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, causal: bool, dropout: float = 0.0
+        self,
+        q_BSNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
+        *,
+        causal: bool,
+        scale: float | None = None,
+        lengths_B: Tensor | None = None,
+        dropout: AttentionDropout | None = None,
     ) -> Tensor: ...
 
 
-def sdpa_attention(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, causal: bool, dropout: float = 0.0) -> Tensor:
-    """torch's scaled_dot_product_attention with the backend that torch picks."""
+def _sdpa(
+    q_BSNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    lengths_B: Tensor | None,
+    p: float,
+) -> Tensor:
+    groups, mask_B11S = q_BSNH.shape[2] // k_BSKH.shape[2], None
+    if lengths_B is not None and not causal:
+        mask_B11S = key_mask(lengths_B, k_BSKH.shape[1])[:, None, None]
+        if groups > 1:
+            # The memory-efficient backend has no grouped heads, and math would hold all scores.
+            k_BSKH, v_BSKH = (x.repeat_interleave(groups, dim=2) for x in (k_BSKH, v_BSKH))
     out = torch.nn.functional.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2),
         k_BSKH.transpose(1, 2),
         v_BSKH.transpose(1, 2),
-        dropout_p=dropout,
+        attn_mask=mask_B11S,
+        dropout_p=p,
         is_causal=causal,
-        enable_gqa=q_BSNH.shape[2] != k_BSKH.shape[2],
+        scale=scale,
+        enable_gqa=groups > 1 and mask_B11S is None,
     )
     return out.transpose(1, 2)
 
 
-def cudnn_attention(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, *, causal: bool, dropout: float = 0.0) -> Tensor:
+# The generator's state is no value that a compiled graph could hold.
+@torch.compiler.disable
+def _seeded_sdpa(
+    q_BSNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    lengths_B: Tensor | None,
+    p: float,
+    seed: int,
+) -> Tensor:
+    with seeded(seed, q_BSNH.device):
+        return _sdpa(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=p)
+
+
+def sdpa_attention(
+    q_BSNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    lengths_B: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
+    """torch's scaled_dot_product_attention with the backend that torch picks.
+
+    Causal attention needs no mask for padding at the end: a query before it sees nothing after itself. Otherwise the
+    padding is a bool mask (B, 1, 1, S) over the keys, which torch's cuDNN, memory-efficient and math backends take
+    unexpanded; its flash backend takes none. Dropped weights are drawn by the backend from `dropout.seed`, with a
+    break in a compiled graph.
+    """
+    if dropout is None or dropout.p == 0.0:
+        return _sdpa(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=0.0)
+    return _seeded_sdpa(
+        q_BSNH,
+        k_BSKH,
+        v_BSKH,
+        causal=causal,
+        scale=scale,
+        lengths_B=lengths_B,
+        p=dropout.p,
+        seed=dropout.seed,
+    )
+
+
+def cudnn_attention(
+    q_BSNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    lengths_B: Tensor | None = None,
+    dropout: AttentionDropout | None = None,
+) -> Tensor:
     """torch's attention held to the cuDNN backend, which on Hopper is about twice as fast as its flash backend."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, dropout=dropout)
+        return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, dropout=dropout)
 
 
 def _cudnn_supports(s: Situation) -> str | None:
@@ -48,9 +142,13 @@ def _cudnn_supports(s: Situation) -> str | None:
         return f"takes bf16 and fp16, not {s.dtype}"
     if s.head_dim % 8 or s.head_dim > 128:
         return f"takes head dims that are multiples of 8 up to 128, not {s.head_dim}"
+    version = torch.backends.cudnn.version() or 0
+    if s.dropout and 91100 < version < 91400:
+        return f"drops no attention weights in cuDNN 9.11 to 9.13, and this is {version}"
     return None
 
 
 register(Impl("attention", "sdpa_cudnn", _cudnn_supports, cudnn_attention))
 register(Impl("attention", "sdpa", lambda s: None, sdpa_attention))
 register(Impl("attention", "reference", lambda s: None, reference_attention))
+register(Impl("dropout", "reference", lambda s: None, dropout))

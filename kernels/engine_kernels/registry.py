@@ -16,6 +16,8 @@ class Situation:
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 0
+    dropout: bool = False
+    """Attention weights are dropped."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""A tensor-parallel axis of threads: the real layers and their collectives, without processes or a process group."""
+"""An axis of threads: the real layers and their collectives, without processes or a process group."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
@@ -21,30 +22,69 @@ _TIMEOUT_S = 30.0
 
 
 class _Meeting:
-    """Stands for a process group: ranks lay down a tensor each, and take the reduction of all."""
+    """Stands for a process group: ranks lay down a tensor each, and all of them see all."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=_TIMEOUT_S)
-        self._parts: dict[int, Tensor] = {}
+        self._parts: list[Tensor] = [torch.empty(0)] * size
+        self._mine = threading.local()
 
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-        group._parts[threading.get_ident()] = tensor.detach().clone()
+    def join(self, rank: int) -> None:
+        self._mine.rank = rank
+
+    def rank(self) -> int:
+        return int(self._mine.rank)
+
+    def size(self) -> int:
+        return len(self._parts)
+
+    def exchange(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, in rank order."""
+        self._parts[self.rank()] = tensor.detach().clone()
         self._barrier.wait()
-        parts = torch.stack(list(group._parts.values()))
-        tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
+        parts = list(self._parts)
         self._barrier.wait()
+        return parts
 
     def abort(self) -> None:
         self._barrier.abort()
 
 
-def on_tp_ranks(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
-    """`fn(axis)` on each of `size` tensor-parallel ranks; results in rank order. One rank has no group, as in a run."""
+def _all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    parts = torch.stack(group.exchange(tensor))
+    tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
+
+
+def _all_gather(output: Tensor, mine: Tensor, group: Any = None) -> None:
+    output.copy_(torch.cat(group.exchange(mine)))
+
+
+def _reduce_scatter(output: Tensor, mine: Tensor, group: Any = None) -> None:
+    total = torch.stack(group.exchange(mine)).sum(0)
+    output.copy_(total.chunk(group.size())[group.rank()].view_as(output))
+
+
+def _all_to_all(output: Tensor, mine: Tensor, group: Any = None) -> None:
+    parts = [part.chunk(group.size())[group.rank()] for part in group.exchange(mine)]
+    output.copy_(torch.cat(parts).view_as(output))
+
+
+_CALLS = {
+    "all_reduce": _all_reduce,
+    "all_gather_into_tensor": _all_gather,
+    "reduce_scatter_tensor": _reduce_scatter,
+    "all_to_all_single": _all_to_all,
+}
+
+
+def on_axis(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
+    """`fn(axis)` on each of `size` ranks of an axis; results in rank order. One rank has no group, as in a run."""
     if size == 1:
         return [fn(SINGLE)]
     meeting = _Meeting(size)
 
     def body(rank: int) -> T:
+        meeting.join(rank)
         group = cast(dist.ProcessGroup, meeting)
         try:
             return fn(AxisGroup(rank=rank, size=size, ranks=tuple(range(size)), group=group))
@@ -52,7 +92,10 @@ def on_tp_ranks(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
             meeting.abort()
             raise
 
-    with patch.object(dist, "all_reduce", meeting.all_reduce), ThreadPoolExecutor(size) as pool:
+    with ExitStack() as stack:
+        for name, call in _CALLS.items():
+            stack.enter_context(patch.object(dist, name, call))
+        pool = stack.enter_context(ThreadPoolExecutor(size))
         futures = [pool.submit(body, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in errors:
@@ -62,13 +105,15 @@ def on_tp_ranks(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
     return [future.result() for future in futures]
 
 
-def context_of(tp: AxisGroup) -> ParallelContext:
-    """The context of a rank on `tp` whose other axes have one rank."""
+def context_of(tp: AxisGroup = SINGLE, cp: AxisGroup = SINGLE) -> ParallelContext:
+    """The context of a rank on `tp` or on `cp` whose other axes have one rank."""
     return replace(
         ParallelContext.single(),
-        grid=Grid(tp=tp.size),
-        rank=tp.rank,
-        coord=Coord(pp=0, dp=0, tp=tp.rank),
+        grid=Grid(tp=tp.size, cp=cp.size),
+        rank=tp.rank + cp.rank,
+        coord=Coord(pp=0, dp=0, cp=cp.rank, tp=tp.rank),
         tp=tp,
+        cp=cp,
         replica=tp,
+        reduce=cp,
     )

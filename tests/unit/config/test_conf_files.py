@@ -17,6 +17,7 @@ from tests.helpers.repo import ROOT
 
 CONF = ROOT / "conf"
 GLOBAL_GROUPS = ("experiment", "debug")
+TINY = ["bert_tiny", "gpt_tiny", "llama_tiny"]
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in sorted(CONF.iterdir())
@@ -28,14 +29,16 @@ def rows() -> list[tuple[str, ...]]:
     """Overrides that between them take every choice of every group that is not global.
 
     Composing takes a third of a second, so one row takes a choice from each group. Layouts that cut the model go with
-    the tiny models and the ZeRO stages that pipelines allow; the others with every model and stage. Precisions are
-    turned round, because bf16 does not go with z0 (OCT314).
+    the tiny models and the ZeRO stages that pipelines allow, offload with the optimizers that a host can run, the
+    others with every model. Number formats other than fp32 do not go with z0 (OCT314).
     """
     cut = [name for name in CHOICES["parallel"] if name not in ("single", "dp")]
+    offload = [name for name in CHOICES["zero"] if "_" in name]
     whole = {group: names for group, names in CHOICES.items() if group not in GLOBAL_GROUPS}
     return [
-        *_zipped({**whole, "parallel": ["single", "dp"], "precision": CHOICES["precision"][::-1]}),
-        *_zipped({"model": ["gpt_tiny", "llama_tiny"], "zero": ["z0", "z1"], "parallel": cut}),
+        *_zipped({**whole, "parallel": ["single", "dp"], "zero": ["z1", "z2", "z3"]}),
+        *_zipped({"model": TINY, "zero": ["z0", "z1", "z2"], "parallel": cut}),
+        *_zipped({"model": ["gpt_tiny"], "zero": offload, "optim": ["adamw", "lion", "sgd"]}),
     ]
 
 
@@ -48,13 +51,15 @@ def _zipped(groups: dict[str, list[str]]) -> list[tuple[str, ...]]:
 
 @cache
 def config(*overrides: str) -> Config:
-    source = ["data.source=texts"] if "data=text" in overrides else []
-    return load([*overrides, *source])
+    """Composed with what the files' own commands set besides, such as data.source=FOLDER."""
+    files = [CONF / f"{override.replace('=', '/')}.yaml" for override in overrides]
+    commands = [path.read_text().splitlines()[0].split() for path in files if path.is_file()]
+    return load([*overrides, *(word for words in commands for word in words[4:] if "." in word.partition("=")[0])])
 
 
 def world_size(cfg: Config) -> int:
     """The smallest world of the layout, with two replicas where the launcher decides their number."""
-    return cfg.parallel.pp * cfg.parallel.tp * (cfg.parallel.dp or 2)
+    return cfg.parallel.pp * cfg.parallel.context * cfg.parallel.tp * (cfg.parallel.dp or 2)
 
 
 def can_run(cfg: Config) -> None:
@@ -113,6 +118,11 @@ def test_text_does_not_fall_back_to_the_default_corpus() -> None:
         load(["data=text"])
 
 
+def test_an_nvme_disk_is_never_guessed() -> None:
+    (violation,) = rules.check(load(["zero=z3_infinity"]), 1)
+    assert (violation.code, violation.option) == (342, "zero.nvme_path")
+
+
 def test_profile_choices_are_not_read_as_booleans() -> None:
     assert config("profile=on").profile.steps > 0
     assert config("profile=off").profile.steps == 0
@@ -125,6 +135,8 @@ def model(name: str) -> ModelConfig:
 
 # Counted from the published weights, tied weights once.
 PUBLISHED = {
+    "bert_base": 110_106_428,
+    "bert_large": 336_226_108,
     "gpt2_124m": 124_439_808,
     "gpt2_355m": 354_823_168,
     "gpt2_774m": 774_030_080,
@@ -148,10 +160,10 @@ def test_presets_named_by_size_have_it(name: str, parameters: float) -> None:
 
 
 def test_every_large_preset_has_its_size_checked() -> None:
-    assert {*PUBLISHED, *NAMED, "gpt_tiny", "llama_tiny"} == set(CHOICES["model"])
+    assert {*PUBLISHED, *NAMED, *TINY} == set(CHOICES["model"])
 
 
-@pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_presets_can_be_cut_in_four_both_ways(name: str) -> None:
     assert 4 in legal_tp(model(name))
     assert model(name).num_layers == 4

@@ -4,8 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import ModelConfig, OptimConfig
-from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab, warmup_steps
+from engine.config import ModelConfig, OptimConfig, ParallelConfig
+from engine.config.derived import (
+    ffn_size,
+    head_dim,
+    is_causal,
+    kv_heads,
+    padded_vocab,
+    parts_per_rank,
+    sequence_multiple,
+    warmup_steps,
+)
+from engine.config.enums import Family, PipelineSchedule
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=48, num_heads=6, vocab_size=50257, max_positions=64)
 
@@ -27,3 +37,19 @@ def test_padded_vocabulary(vocab: int, tp: int, rows: int) -> None:
 @pytest.mark.parametrize(("asked", "steps", "warmup"), [(None, 1000, 50), (None, 19, 0), (0, 1000, 0), (7, 1000, 7)])
 def test_warm_up_is_a_twentieth_of_the_run_unless_asked(asked: int | None, steps: int, warmup: int) -> None:
     assert warmup_steps(OptimConfig(lr=1.0, warmup_steps=asked), steps) == warmup
+
+
+def test_only_gpt_is_causal() -> None:
+    assert is_causal(MODEL)
+    assert not is_causal(replace(MODEL, family=Family.bert))
+
+
+@pytest.mark.parametrize(("sequence", "multiple"), [(False, 3), (True, 12)])
+def test_sequences_are_cut_over_context_and_with_sequence_parallelism_over_tp(sequence: bool, multiple: int) -> None:
+    assert sequence_multiple(ParallelConfig(context=3, tp=4, sequence=sequence)) == multiple
+
+
+@pytest.mark.parametrize(("schedule", "parts"), [("one_f_one_b", 1), ("interleaved", 3), ("dualpipev", 2)])
+def test_parts_of_the_model_on_a_rank(schedule: str, parts: int) -> None:
+    asked = ParallelConfig(pp=2, virtual_stages=3, schedule=PipelineSchedule[schedule])
+    assert parts_per_rank(asked) == parts

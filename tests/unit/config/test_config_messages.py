@@ -145,7 +145,7 @@ def test_a_missing_section_names_its_choices(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("defaults: [config_schema, _self_]\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tiny.yaml").write_text(FILES["model/tiny.yaml"])
-    with pytest.raises(ConfigError, match=r"OCT104.*model=\(not set\).*decoder-only.*Add model=CHOICE, one of tiny"):
+    with pytest.raises(ConfigError, match=r"OCT104.*model=\(not set\).*A transformer.*Add model=CHOICE, one of tiny"):
         load([], folder=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches of a prepared corpus and of the random source."""
+"""Micro-batches of a language model, from a prepared corpus and from the random source."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config.schema import DataConfig
-from engine.data import Data, MicroBatch, Split, load_tokenizer, open_data, prepare
-from engine.data.dataset import TokenSamples
-from engine.data.tokens import TokenFile, TokenWriter
-from engine.errors import DataError
+from engine.data import Data, load_tokenizer, open_data, prepare
+from engine.data.tokens import TokenFile
+from engine.model.batch import IGNORE
+from tests.unit.data.data_options import BERTS, GPT, NEXT_SENTENCE, by_number, config, read, same
 
-Step = tuple[tuple[int, ...], ...]
-
-
-def config(root: Path, **changes: object) -> DataConfig:
-    options: dict[str, object] = {
-        "source": str(root / "corpus"),
-        "seq_len": 8,
-        "vocab_size": 300,
-        "valid_fraction": 0.3,
-    }
-    return DataConfig(**{**options, "cache_dir": str(root / "cache"), **changes})  # type: ignore[arg-type]
+LAYOUTS = [(1, 1, 12), (2, 3, 2), (4, 3, 1), (3, 2, 2), (12, 1, 1)]
+KINDS = {"gpt": GPT} | BERTS
 
 
 @pytest.fixture(scope="module")
@@ -38,59 +28,99 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(root: Path) -> Data:
-    return open_data(config(root))
-
-
-def step(split: Split, batch: int, dp: int, micro: int, accum: int) -> Step:
-    """Rows of one global batch, tokens followed by the last label, in no particular order."""
-    rows = []
-    for rank in range(dp):
-        micros = list(split.micro_batches(batch, dp_rank=rank, dp=dp, micro_batch=micro, accum_steps=accum))
-        assert [m.tokens_BS.shape[0] for m in micros] == [micro] * accum
-        rows += [(*t, n[-1]) for m in micros for t, n in zip(m.tokens_BS.tolist(), m.labels_BS.tolist(), strict=True)]
-    return tuple(sorted(rows))
-
-
-def only(split: Split, batch: int) -> MicroBatch:
-    (micro,) = split.micro_batches(batch, dp_rank=0, dp=1, micro_batch=1, accum_steps=1)
-    return micro
+    return open_data(config(root), GPT)
 
 
 def test_labels_are_the_tokens_one_later(data: Data) -> None:
     for split in (data.train, data.valid):
         assert split is not None
-        (micro,) = split.micro_batches(0, dp_rank=0, dp=1, micro_batch=3, accum_steps=1)
+        micro = read(split, 3)
         assert micro.tokens_BS.shape == micro.labels_BS.shape == (3, 8)
-        assert micro.tokens_BS.dtype == micro.labels_BS.dtype == torch.int64
+        assert micro.tokens_BS.dtype == micro.labels_BS.dtype == micro.samples_B.dtype == torch.int64
         assert micro.tokens_BS.is_contiguous() and micro.labels_BS.is_contiguous()
         assert torch.equal(micro.tokens_BS[:, 1:], micro.labels_BS[:, :-1])
+        assert micro.lengths_B is micro.token_types_BS is micro.sentence_B is None
 
 
-@pytest.mark.parametrize(("dp", "micro", "accum"), [(1, 1, 12), (2, 3, 2), (4, 3, 1), (3, 2, 2), (12, 1, 1)])
-def test_a_step_has_the_same_rows_in_every_layout(data: Data, dp: int, micro: int, accum: int) -> None:
-    for batch in (0, 3):
-        assert step(data.train, batch, dp, micro, accum) == step(data.train, batch, 1, 12, 1)
+@pytest.mark.parametrize(("dp", "micro", "accum"), LAYOUTS)
+@pytest.mark.parametrize("source", ["corpus", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_has_the_same_rows_in_every_layout(
+    root: Path, kind: str, source: str, dp: int, micro: int, accum: int
+) -> None:
+    path = str(root / "corpus") if source == "corpus" else source
+    for variable in (False, True):
+        split = open_data(config(root, source=path, variable_length=variable), KINDS[kind]).train
+        for batch in (0, 3):
+            whole = by_number(split, batch, 1, 12, 1)
+            assert sorted(whole) == list(range(batch * 12, batch * 12 + 12))
+            found = by_number(split, batch, dp, micro, accum)
+            if variable and kind == "gpt":
+                whole, found = (_unpadded(rows) for rows in (whole, found))
+            assert found == whole
+
+
+def _unpadded(rows: dict[int, tuple[object, ...]]) -> dict[int, list[tuple[int, int]]]:
+    """A causal row's padding is not told by a length, but has no labels."""
+    return {
+        number: [pair for pair in zip(tokens, labels, strict=True) if pair[1] != IGNORE]  # type: ignore[call-overload]
+        for number, (tokens, labels, _, _) in rows.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_a_pure_function_of_seed_and_number(root: Path, kind: str) -> None:
+    first, again = (open_data(config(root), KINDS[kind]).train for _ in range(2))
+    later = read(first, 4, batch=7)
+    read(first, 4, batch=2)
+    assert same(later, read(again, 4, batch=7))
+    assert not same(later, read(open_data(config(root, seed=1), KINDS[kind]).train, 4, batch=7))
 
 
 def test_training_reads_every_sample_once_per_epoch_in_another_order(data: Data, root: Path) -> None:
-    samples = TokenSamples(TokenFile.open(data.folder / "train.tokens"), 8)
-    expected = sorted(samples.window(i).tolist()[:8] for i in range(samples.num_samples))
+    tokens = TokenFile.open(data.folder / "train.tokens").tokens.tolist()
     n = data.train.num_samples
-    first, second = ([only(data.train, e * n + i).tokens_BS[0].tolist() for i in range(n)] for e in (0, 1))
+    assert n == (len(tokens) - 1) // 8
+    expected = sorted(tokens[i * 8 : i * 8 + 8] for i in range(n))
+    first, second = (read(data.train, n, batch=epoch).tokens_BS.tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == expected
     assert first != second
-    reseeded = open_data(config(root, seed=1))
-    assert [only(reseeded.train, i).tokens_BS[0].tolist() for i in range(n)] != first
+    assert read(open_data(config(root, seed=1), GPT).train, n).tokens_BS.tolist() != first
 
 
-def test_validation_reads_in_file_order_and_wraps_around(data: Data) -> None:
+def test_validation_reads_in_file_order_and_counts_each_sample_once(data: Data) -> None:
     assert data.valid is not None
     n = data.valid.num_samples
-    tokens = TokenFile.open(data.folder / "valid.tokens").tokens.astype("int64").tolist()
+    tokens = TokenFile.open(data.folder / "valid.tokens").tokens.tolist()
     assert n == (len(tokens) - 1) // 8
-    read = [only(data.valid, i).tokens_BS[0].tolist() for i in range(n + 1)]
-    assert sum(read[:n], []) == tokens[: n * 8]
-    assert read[n] == read[0]
+    assert sum(read(data.valid, n).tokens_BS.tolist(), []) == tokens[: n * 8]
+    past = read(data.valid, n + 3)
+    assert past.tokens_BS.shape == (n + 3, 8)
+    assert (past.labels_BS[:n] != IGNORE).all() and (past.labels_BS[n:] == IGNORE).all()
+    assert past.samples_B.tolist() == list(range(n + 3))
+    assert (read(data.train, data.train.num_samples + 3).labels_BS != IGNORE).all()
+
+
+def test_last_validation_batch_gives_every_rank_all_its_micro_batches(root: Path) -> None:
+    split = open_data(config(root), NEXT_SENTENCE).valid
+    assert split is not None
+    n = split.num_samples
+    size = n - 1
+    assert [split.num_batches(k) for k in (1, n, n + 1, size)] == [n, 1, 1, 2]
+    seen: list[int] = []
+    for rank in range(2):
+        micros = list(split.micro_batches(1, dp_rank=rank, dp=2, micro_batch=n, accum_steps=2))
+        assert [(m.rows, m.length) for m in micros] == [(n, 8), (n, 8)]
+        for m in micros:
+            assert m.sentence_B is not None and m.token_types_BS is not None
+            assert (m.labels_BS == IGNORE).all() and (m.sentence_B == IGNORE).all()
+    for batch in range(split.num_batches(size)):
+        m = read(split, size, batch)
+        assert m.sentence_B is not None
+        real = (m.sentence_B != IGNORE).tolist()
+        assert real == (m.labels_BS != IGNORE).any(dim=1).tolist()
+        seen += [number for number, counts in zip(m.samples_B.tolist(), real, strict=True) if counts]
+    assert seen == list(range(n))
 
 
 def test_splits_hold_all_documents_each_ended_once(data: Data, root: Path) -> None:
@@ -110,40 +140,75 @@ def test_splits_hold_all_documents_each_ended_once(data: Data, root: Path) -> No
     assert data.vocab_size == tokenizer.get_vocab_size() <= 300
 
 
-def test_token_file_shorter_than_a_sample_is_refused_with_the_nearest_length(root: Path, tmp_path: Path) -> None:
-    with TokenWriter(tmp_path / "a.tokens", 300) as writer:
-        writer.append(range(10))
-    file = TokenFile.open(tmp_path / "a.tokens")
-    assert TokenSamples(file, 9).num_samples == 1
-    for seq_len, legal in ((10, 9), (0, 1)):
-        with pytest.raises(DataError) as caught:
-            TokenSamples(file, seq_len)
-        message = str(caught.value)
-        assert f"[OCT411] data.seq_len={seq_len}" in message
-        assert f"needs data.seq_len + 1 = {seq_len + 1} tokens" in message and "has 10" in message
-        assert f"Nearest legal: data.seq_len={legal}" in message
-    with pytest.raises(DataError, match=r"OCT411.*valid\.tokens|OCT411.*train\.tokens"):
-        open_data(config(root, seq_len=100_000))
+def test_rows_that_end_with_their_document_are_padded_to_the_longest(root: Path, data: Data) -> None:
+    """With variable_length each document's windows hold all of it, and its end is the last target."""
+    split = open_data(config(root, variable_length=True), GPT).train
+    n = split.num_samples
+    batch = read(split, n)
+    assert batch.lengths_B is None
+    tokens = TokenFile.open(data.folder / "train.tokens").tokens.tolist()
+    assert int((batch.labels_BS != IGNORE).sum()) == len(tokens) - tokens.count(0)
+    assert int((batch.labels_BS == 0).sum()) == tokens.count(0)
+    for row, labels in zip(batch.tokens_BS.tolist(), batch.labels_BS.tolist(), strict=True):
+        length = sum(label != IGNORE for label in labels)
+        assert length >= 1 and 0 not in row[:length] and 0 not in labels[: length - 1]
+        assert row[1:length] == labels[: length - 1]
+        assert labels[length:] == [IGNORE] * (8 - length) and row[length:] == [0] * (8 - length)
 
 
-def test_random_source_is_reproducible_layout_free_and_needs_no_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("multiple", "length"), [(1, None), (3, 0), (8, 0), (16, 0)])
+@pytest.mark.parametrize("kind", ["gpt", "next"])
+def test_a_micro_batch_is_as_long_as_its_longest_row_rounded_up(
+    root: Path, kind: str, multiple: int, length: int | None
+) -> None:
+    split = open_data(config(root, source="random", variable_length=True, seq_len=48), KINDS[kind]).train
+    for batch in range(20):
+        plain, rounded = read(split, 2, batch), read(split, 2, batch, multiple)
+        longest = max(_lengths(plain.labels_BS, plain.lengths_B))
+        assert plain.length == longest
+        assert rounded.length == -(-longest // multiple) * multiple
+        assert torch.equal(rounded.tokens_BS[:, :longest], plain.tokens_BS)
+        assert (rounded.tokens_BS[:, longest:] == 0).all() and (rounded.labels_BS[:, longest:] == IGNORE).all()
+
+
+def _lengths(labels_BS: torch.Tensor, lengths_B: torch.Tensor | None) -> list[int]:
+    if lengths_B is not None:
+        return lengths_B.tolist()
+    return [labels_BS.shape[1]] if (labels_BS == IGNORE).any() else (labels_BS != IGNORE).sum(1).tolist()
+
+
+def test_random_source_is_reproducible_and_needs_no_files(tmp_path: Path) -> None:
     cfg = config(tmp_path, source="random", vocab_size=50, seq_len=64)
     said: list[str] = []
     folder = prepare(cfg, said.append)
-    data = open_data(cfg)
+    data = open_data(cfg, GPT)
     assert folder == data.folder and not folder.exists() and said == []
     assert data.vocab_size == 50
-    assert step(data.train, 9, 2, 2, 3) == step(open_data(cfg).train, 9, 4, 3, 1)
-    rows = [*step(data.train, 0, 1, 40, 1), *step(data.train, 10**9, 1, 40, 1)]
+    rows = [tuple(row) for batch in (0, 10**9) for row in read(data.train, 40, batch).tokens_BS.tolist()]
     assert len(set(rows)) == 80
     assert {token for row in rows for token in row} == set(range(50))
 
 
+def test_random_tokens_are_pinned(tmp_path: Path) -> None:
+    """A changed stream would silently change every recorded curve."""
+    split = open_data(config(tmp_path, source="random", vocab_size=50, seq_len=10), GPT).train
+    assert read(split, 1).tokens_BS.tolist() == [[9, 8, 49, 6, 3, 25, 17, 46, 5, 20]]
+
+
+def test_random_rows_of_unequal_length_have_every_length(tmp_path: Path) -> None:
+    split = open_data(config(tmp_path, source="random", seq_len=6, variable_length=True), GPT).train
+    batch = read(split, 200)
+    lengths = (batch.labels_BS != IGNORE).sum(dim=1)
+    assert sorted(set(lengths.tolist())) == [1, 2, 3, 4, 5, 6]
+    for row, length in zip(batch.labels_BS, lengths.tolist(), strict=True):
+        assert (row[:length] != IGNORE).all()
+
+
 def test_random_splits_and_seeds_differ(tmp_path: Path) -> None:
     cfg = config(tmp_path, source="random", vocab_size=1000)
-    data, other = open_data(cfg), open_data(config(tmp_path, source="random", vocab_size=1000, seed=1))
+    data, other = open_data(cfg, GPT), open_data(config(tmp_path, source="random", vocab_size=1000, seed=1), GPT)
     assert data.valid is not None
-    assert len({step(split, 0, 1, 1, 1) for split in (data.train, data.valid, other.train)}) == 3
+    assert len({str(read(split, 1).tokens_BS) for split in (data.train, data.valid, other.train)}) == 3
     assert data.fingerprint != other.fingerprint
     assert data.train.num_samples > 10**12
-    assert open_data(config(tmp_path, source="random", valid_fraction=0.0)).valid is None
+    assert open_data(config(tmp_path, source="random", valid_fraction=0.0), GPT).valid is None

@@ -19,6 +19,7 @@ from engine.data.cache import cache_root
 from engine.data.corpus import Document, split_position
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import DataError
+from tests.unit.data.data_options import GPT, config
 
 PREPARE = """
 import sys
@@ -39,16 +40,6 @@ build.write_json = hold
 
 def quiet(line: str) -> None:
     pass
-
-
-def config(root: Path, **changes: object) -> DataConfig:
-    options: dict[str, object] = {
-        "source": str(root / "corpus"),
-        "seq_len": 8,
-        "vocab_size": 300,
-        "valid_fraction": 0.3,
-    }
-    return DataConfig(**{**options, "cache_dir": str(root / "cache"), **changes})  # type: ignore[arg-type]
 
 
 def refused(cfg: DataConfig) -> str:
@@ -94,7 +85,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_two_builds_of_one_corpus_are_equal_to_the_byte(root: Path) -> None:
     one, two = (prepare(config(root, cache_dir=str(root / name)), quiet) for name in "ab")
     assert content(one) == content(two)
-    fingerprints = {open_data(config(root, cache_dir=str(root / name))).fingerprint for name in "ab"}
+    fingerprints = {open_data(config(root, cache_dir=str(root / name)), GPT).fingerprint for name in "ab"}
     assert len(fingerprints) == 1
 
 
@@ -126,7 +117,7 @@ def test_another_corpus_or_option_makes_another_entry(root: Path) -> None:
 def test_zero_valid_fraction_has_no_validation_split(root: Path) -> None:
     cfg = config(root, valid_fraction=0.0)
     assert not (prepare(cfg, quiet) / "valid.tokens").exists()
-    assert open_data(cfg).valid is None
+    assert open_data(cfg, GPT).valid is None
 
 
 def test_tokenizer_sample_is_spread_over_the_whole_corpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +166,7 @@ def test_waiter_takes_over_when_the_builder_is_killed_and_trusts_nothing_it_left
     assert "building" in read_line(builder)
     assert read_line(builder) == "all but meta.json written\n"
     with pytest.raises(DataError, match="OCT412"):
-        open_data(config(root))
+        open_data(config(root), GPT)
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -187,7 +178,7 @@ def test_waiter_takes_over_when_the_builder_is_killed_and_trusts_nothing_it_left
     prepare(config(root), say)
     assert builder.returncode == -signal.SIGKILL
     assert ["waiting" in said[0], "building" in said[1], "training and" in said[-1]] == [True] * 3
-    assert open_data(config(root)).vocab_size > 256
+    assert open_data(config(root), GPT).vocab_size > 256
 
 
 def test_half_entry_is_built_anew(root: Path) -> None:
@@ -232,12 +223,12 @@ def test_meta_without_a_field_is_refused(root: Path) -> None:
     del meta["vocab_size"]
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match=r"OCT413.*meta\.json cannot be read \(KeyError\('vocab_size'\)\)"):
-        open_data(config(root))
+        open_data(config(root), GPT)
 
 
 def test_opening_what_was_never_prepared_is_refused(root: Path) -> None:
     with pytest.raises(DataError) as caught:
-        open_data(config(root))
+        open_data(config(root), GPT)
     message = str(caught.value)
     assert f"[OCT412] data.cache_dir={root / 'cache'}" in message
     assert "has no finished entry corpus-300-" in message

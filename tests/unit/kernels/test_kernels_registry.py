@@ -88,3 +88,21 @@ def test_what_cudnn_takes(
     choice = choose("attention", "auto", Situation(GPU.device, dtype, head_dim=width))
     assert choice.refused == (() if reason is None else (("sdpa_cudnn", reason),))
     assert choice.impl.name == ("sdpa_cudnn" if reason is None else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("version", "dropout", "reason"),
+    [
+        (91002, True, None),
+        (91200, False, None),
+        (91200, True, "drops no attention weights in cuDNN 9.11 to 9.13, and this is 91200"),
+        (91400, True, None),
+    ],
+)
+def test_cudnn_versions_that_cannot_drop(
+    monkeypatch: pytest.MonkeyPatch, version: int, dropout: bool, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    choice = choose("attention", "auto", Situation(GPU.device, GPU.dtype, head_dim=64, dropout=dropout))
+    assert choice.refused == (() if reason is None else (("sdpa_cudnn", reason),))

@@ -8,13 +8,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.dist.context import SINGLE, AxisGroup
-from engine.model.layers import WholeModel, logical_tensors, materialize, owner_of, random_weights
-from engine.parallel.logical import logical_of
+from engine.model.layers import Stack, build_stacks, logical_tensors, materialize, owner_of, random_weights
+from engine.parallel.logical import LogicalTensor, logical_of
 from engine.plan.costs import parameter_counts
-from tests.helpers.models import FLAVOURS, GPT2, LLAMA, PRESETS, layers_of, noisy_weights, preset, tokens_of
+from tests.helpers.models import (
+    BERT,
+    GPT2,
+    LLAMA,
+    MODELS,
+    PRESETS,
+    batch_of,
+    feed_of,
+    layers_of,
+    logits_of,
+    noisy_weights,
+    preset,
+)
 from tests.helpers.threads import context_of
 
 TIED_LLAMA = replace(LLAMA, tied_head=True)
@@ -33,7 +46,7 @@ def test_every_preset_has_the_parameters_that_the_planner_counts(name: str) -> N
     assert {layer: held[layer] for layer in counts} == counts
 
 
-@pytest.mark.parametrize("cfg", [GPT2, UNTIED_GPT2, LLAMA, replace(LLAMA, dropout=0.1)], ids=lambda c: c.name)
+@pytest.mark.parametrize("cfg", [GPT2, UNTIED_GPT2, LLAMA, BERT, replace(BERT, tied_head=False)], ids=lambda c: c.name)
 def test_layers_are_those_of_the_planner(cfg: ModelConfig) -> None:
     assert [layer.name for layer in layers_of(cfg)] == list(parameter_counts(cfg))
 
@@ -47,6 +60,12 @@ def test_names_on_disk() -> None:
     llama = {f"block.{i}.{part}.weight" for i in (0, 1) for part in block}
     llama |= {"embed.tokens.weight", "final_norm.weight", "head.weight"}
     assert set(logical_tensors(layers_of(LLAMA))) == llama
+    bert = {f"block.{i}.{part}.{kind}" for i in (0, 1) for part in block for kind in ("weight", "bias")}
+    heads = ("embed.rest.norm", "head.transform.dense", "head.transform.norm")
+    heads += ("head.transform.pooler", "head.transform.classes")
+    bert |= {f"{part}.{kind}" for part in heads for kind in ("weight", "bias")}
+    bert |= {"embed.tokens.weight", "embed.rest.positions.weight", "embed.rest.types.weight", "head.bias.weight"}
+    assert set(logical_tensors(layers_of(BERT))) == bert
 
 
 def test_logical_shapes_do_not_depend_on_the_cut() -> None:
@@ -68,6 +87,11 @@ def test_weights_into_the_residual_stream_start_smaller() -> None:
             assert (logical.init_std, logical.init_value) == (None, expected), name
 
 
+def test_weights_of_a_bert_all_start_alike() -> None:
+    for name, logical in logical_tensors(layers_of(replace(BERT, num_layers=8))).items():
+        assert (logical.init_std == 0.3) is logical.decay, name
+
+
 def test_the_first_layer_with_a_key_owns_the_parameters() -> None:
     layers = layers_of(GPT2)
     assert owner_of(layers, layers[-1]) is layers[0]
@@ -77,28 +101,27 @@ def test_the_first_layer_with_a_key_owns_the_parameters() -> None:
     assert owner_of(untied, untied[-1]) is untied[-1]
 
 
-@pytest.mark.parametrize("cfg", [GPT2, TIED_LLAMA], ids=lambda c: c.name)
+@pytest.mark.parametrize("cfg", [GPT2, TIED_LLAMA, BERT], ids=lambda c: c.name)
 def test_tied_layers_are_one_module_and_its_gradient_the_sum_of_both_uses(cfg: ModelConfig) -> None:
-    def gradients(model: WholeModel) -> dict[str, torch.Tensor]:
-        logits = model(tokens_of(cfg, 2, 6))
-        logits[..., : cfg.vocab_size].square().sum().backward()
+    def gradients(model: Stack) -> dict[str, Tensor]:
+        logits_of(model, feed_of(cfg, batch_of(cfg, 2, 6)))[..., : cfg.vocab_size].square().sum().backward()
         return {logical_of(p).name: p.grad for p in model.parameters() if p.grad is not None}
 
-    def shared(logical):  # noqa: ANN001, ANN202  (the head starts from the embedding's weight)
-        return noisy_weights()(replace(logical, name="embed.tokens.weight" if "head" in logical.name else logical.name))
+    def shared(logical: LogicalTensor) -> Tensor:
+        name = "embed.tokens.weight" if logical.name == "head.weight" else logical.name
+        return noisy_weights()(replace(logical, name=name))
 
-    tied = WholeModel(layers_of(cfg), noisy_weights(), tp=SINGLE)
-    untied = WholeModel(layers_of(replace(cfg, tied_head=False)), shared, tp=SINGLE)
+    (tied,) = build_stacks(layers := layers_of(cfg), [(0, len(layers))], noisy_weights(), tp=SINGLE)
+    (untied,) = build_stacks(layers_of(replace(cfg, tied_head=False)), [(0, len(layers))], shared, tp=SINGLE)
     assert len(list(untied.parameters())) == len(list(tied.parameters())) + 1
     one, two = gradients(tied), gradients(untied)
     total = two["embed.tokens.weight"] + two.pop("head.weight")
     torch.testing.assert_close(one.pop("embed.tokens.weight"), total, rtol=1e-4, atol=1e-4 * float(total.abs().max()))
     for name in one:
-        if name != "embed.tokens.weight":
-            torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cfg", FLAVOURS, ids=lambda c: c.name)
+@pytest.mark.parametrize("cfg", MODELS, ids=lambda c: c.name)
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_cut_starts_from_the_same_logical_weights(cfg: ModelConfig, size: int) -> None:
     initial, slices = random_weights(5), {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.dist.context import SINGLE
 from engine.model.norm import LayerNorm, RMSNorm, make_norm
 from engine.model.rope import RotaryTable
 from tests.helpers.models import GPT2, LLAMA
@@ -69,7 +70,9 @@ def test_the_first_position_is_left_as_it_is_and_the_dtype_kept() -> None:
 def test_norms_are_their_formulas() -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)) * 4 + 2
     weight, bias = torch.linspace(-1, 2, 16), torch.linspace(3, 0, 16)
-    layer, rms = LayerNorm(16, eps=0.1, bias=True), RMSNorm(16, eps=0.1)
+    layer, rms = LayerNorm(16, eps=0.1, bias=True, tp=SINGLE, sequence=False), RMSNorm(
+        16, eps=0.1, tp=SINGLE, sequence=False
+    )
     assert layer.bias is not None
     with torch.no_grad():
         layer.weight.copy_(weight), layer.bias.copy_(bias), rms.weight.copy_(weight)
@@ -82,9 +85,9 @@ def test_norms_are_their_formulas() -> None:
 
 
 def test_the_config_chooses_norm_and_bias() -> None:
-    norm = make_norm(replace(GPT2, norm_eps=0.25))
+    norm = make_norm(replace(GPT2, norm_eps=0.25), SINGLE, sequence=False)
     assert isinstance(norm, LayerNorm)
     assert norm.bias is not None
     assert norm.eps == 0.25
-    assert make_norm(replace(GPT2, bias=False)).bias is None
-    assert isinstance(make_norm(LLAMA), RMSNorm)
+    assert make_norm(replace(GPT2, bias=False), SINGLE, sequence=False).bias is None
+    assert isinstance(make_norm(LLAMA, SINGLE, sequence=False), RMSNorm)

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig, OptimConfig, OptimizerName
+from engine.dist.context import ParallelContext
 from engine.optim.groups import build_optimizer, parameter_groups
 from engine.parallel.logical import logical_of
 from tests.helpers.models import FLAVOURS, GPT2, LLAMA, whole_model
 
-CPU = torch.device("cpu")
+ONE = ParallelContext.single()
+DECAY = OptimConfig(lr=0.1, weight_decay=0.3)
 
 
 def names(group: dict) -> set[str]:
@@ -21,7 +23,7 @@ def names(group: dict) -> set[str]:
 @pytest.mark.parametrize("cfg", [*FLAVOURS, replace(GPT2, tied_head=False)], ids=lambda c: c.name)
 def test_matrices_and_embeddings_decay_norms_and_biases_do_not(cfg: ModelConfig) -> None:
     model = whole_model(cfg)
-    decayed, plain = parameter_groups(model.parameters(), 0.3)
+    decayed, plain = parameter_groups(model.parameters(), DECAY)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     shapes = {logical_of(p).name: p.dim() for p in model.parameters()}
     assert names(decayed) == {name for name, dims in shapes.items() if dims == 2}
@@ -34,15 +36,15 @@ def test_matrices_and_embeddings_decay_norms_and_biases_do_not(cfg: ModelConfig)
 def test_an_empty_group_is_left_out() -> None:
     model = whole_model(LLAMA)
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    assert [group["weight_decay"] for group in parameter_groups(matrices, 0.3)] == [0.3]
-    assert parameter_groups([], 0.3) == []
+    assert [group["weight_decay"] for group in parameter_groups(matrices, DECAY)] == [0.3]
+    assert parameter_groups([], DECAY) == []
 
 
 def stepped(cfg: OptimConfig, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Each parameter before and after `steps` steps with a gradient of ones."""
     model: nn.Module = whole_model(GPT2)
     before = {logical_of(p).name: p.detach().clone() for p in model.parameters()}
-    optimizer = build_optimizer(model.parameters(), cfg, CPU)
+    optimizer = build_optimizer(model.parameters(), cfg, ONE)
     for _ in range(steps):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -60,7 +62,7 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
 
 def test_adamw_has_the_betas_and_eps_of_the_config() -> None:
     optimizer = build_optimizer(
-        whole_model(GPT2).parameters(), OptimConfig(lr=0.1, beta1=0.8, beta2=0.7, eps=1e-3), CPU
+        whole_model(GPT2).parameters(), OptimConfig(lr=0.1, beta1=0.8, beta2=0.7, eps=1e-3), ONE
     )
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.dist.context import SINGLE, AxisGroup
 from engine.parallel.cross_entropy import mask_padding, vocab_parallel_cross_entropy
-from tests.helpers.threads import on_tp_ranks
+from tests.helpers.threads import on_axis
 
 B, S, V, PADDED = 2, 5, 13, 24
 
@@ -48,7 +48,7 @@ def cut(logits: Tensor, labels: Tensor, size: int) -> tuple[list[Tensor], Tensor
         assert z.grad is not None
         return loss.detach(), z.grad
 
-    losses, grads = zip(*on_tp_ranks(rank, size), strict=True)
+    losses, grads = zip(*on_axis(rank, size), strict=True)
     return list(losses), torch.cat(grads, dim=-1)
 
 
@@ -103,7 +103,7 @@ def test_the_given_logits_are_not_overwritten(size: int) -> None:
         vocab_parallel_cross_entropy(mine, labels, vocab_size=V, tp=tp)
         assert torch.equal(mine, kept)
 
-    on_tp_ranks(rank, size)
+    on_axis(rank, size)
 
 
 @pytest.mark.parametrize(("size", "masked"), [(1, [11]), (2, [0, 11]), (4, [0, 0, 5, 6]), (8, [0] * 4 + [2, 3, 3, 3])])

@@ -13,7 +13,7 @@ from engine.dist.context import AxisGroup
 from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine.parallel.logical import logical_of, name_parameters
-from tests.helpers.threads import on_tp_ranks
+from tests.helpers.threads import on_axis
 
 D, F_, V, PADDED = 12, 16, 21, 32
 SIZES = [1, 2, 4]
@@ -52,7 +52,7 @@ def run(make: Callable[[AxisGroup], nn.Module], x: Tensor, size: int) -> tuple[l
         y.square().sum().backward()
         return y.detach(), own.grad, [(logical_of(p), p.grad) for p in module.parameters()]
 
-    outputs, inputs, parameters = zip(*on_tp_ranks(rank, size), strict=True)
+    outputs, inputs, parameters = zip(*on_axis(rank, size), strict=True)
     grads = {}
     for slices in zip(*parameters, strict=True):
         logical = slices[0][0]
@@ -91,7 +91,7 @@ def test_one_rank_computes_the_plain_linear_layer() -> None:
             assert layer.bias is not None
             torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias, rtol=1e-6, atol=1e-5)
 
-    on_tp_ranks(check, 1)
+    on_axis(check, 1)
 
 
 class Tied(nn.Module):
@@ -115,7 +115,7 @@ def test_every_rank_looks_up_every_token(size: int) -> None:
         fill(layer, tp)
         return layer(tokens).detach()
 
-    for mine in on_tp_ranks(rank, size):
+    for mine in on_axis(rank, size):
         assert torch.equal(mine, table[tokens])
 
 
@@ -138,7 +138,7 @@ def test_a_head_of_its_own_gives_each_rank_its_columns(size: int) -> None:
         fill(head, tp)
         return head(x).detach()
 
-    logits = torch.cat(on_tp_ranks(rank, size), dim=-1)
+    logits = torch.cat(on_axis(rank, size), dim=-1)
     assert logits.shape == (2, 3, PADDED)
     torch.testing.assert_close(logits[..., :V], x @ table.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits[..., V:], torch.zeros(2, 3, PADDED - V))

@@ -1,0 +1,172 @@
+"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349)."""
+
+from __future__ import annotations
+
+from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName, Switch
+from engine.config.layout import Fits, legal_layouts, typed
+from engine.config.rules_parallel import PIPELINE_ZERO
+from engine.config.schema import Config
+from engine.errors import Violation
+
+OFFLOADABLE = (OptimizerName.adamw, OptimizerName.lion, OptimizerName.sgd)
+"""Update rules that look at one element at a time, so that a host can run them on any slice."""
+
+_Row = tuple[bool, int, str, object, str, str]
+
+
+def zero_violations(cfg: Config, world_size: int, fits: Fits | None) -> list[Violation]:
+    """The highest ZeRO stage of a pipeline (208). With `fits`, the layout offered suits the rest of the config."""
+    stage, pp, cp, tp = cfg.zero.stage, cfg.parallel.pp, cfg.parallel.context, cfg.parallel.tp
+    if pp == 1 or stage <= PIPELINE_ZERO:
+        return []
+    flat = [layout for layout in legal_layouts(world_size, fits, context=cp > 1) if layout[0] == 1]
+    best = min(flat, key=lambda layout: (layout[1] != cp, abs(layout[2] - pp * tp), layout), default=(1, 1, 1))
+    return [
+        Violation(
+            code=208,
+            option="zero.stage",
+            value=stage,
+            rule=f"with pp({pp}) the passes of several micro-batches interleave, and what stage {stage} would shard "
+            f"between two passes is in use by others: at most stage {PIPELINE_ZERO}",
+            way_out=f"Use zero.stage={PIPELINE_ZERO}, or '{typed(*best, context=cp > 1)}'",
+        )
+    ]
+
+
+def memory_violations(cfg: Config) -> list[Violation]:
+    """Number formats and compilation (314..316), what is offloaded (317, 340..344) and how (346..349)."""
+    return [
+        Violation(code=code, option=option, value=value, rule=rule, way_out=way_out)
+        for broken, code, option, value, rule, way_out in (*_formats(cfg), *_offload(cfg), *_strategy(cfg))
+        if broken
+    ]
+
+
+def _formats(cfg: Config) -> list[_Row]:
+    stage, dtype, scale = cfg.zero.stage, cfg.precision.dtype, cfg.precision.loss_scale
+    return [
+        (
+            stage == 0 and dtype is not DType.fp32,
+            314,
+            "zero.stage",
+            stage,
+            f"for a {dtype} model only DeepSpeed's ZeRO optimizers add up gradients in fp32 and count every "
+            "parameter in the clip norm",
+            "Use zero.stage=1, which with dp=1 shards nothing, or precision.dtype=fp32",
+        ),
+        (
+            stage == 3 and cfg.kernels.compile is Switch.on,
+            315,
+            "kernels.compile",
+            cfg.kernels.compile,
+            "zero.stage=3 gathers parameters in hooks inside the blocks, which torch.compile would cut apart",
+            "Use kernels.compile=auto, or zero.stage=2",
+        ),
+        (
+            scale is not None and dtype is not DType.fp16,
+            316,
+            "precision.loss_scale",
+            scale,
+            f"only fp16 gradients are so small that the loss is scaled, and precision.dtype is {dtype}",
+            "Use precision.loss_scale=null, or precision.dtype=fp16",
+        ),
+    ]
+
+
+def _offload(cfg: Config) -> list[_Row]:
+    zero, name = cfg.zero, cfg.optim.name
+    stage, optimizer, params = zero.stage, zero.offload_optimizer, zero.offload_params
+    on_disk = [f"zero.{key}" for key in ("offload_optimizer", "offload_params") if getattr(zero, key) is Offload.nvme]
+    names = ", ".join(OFFLOADABLE)
+    partial = 0 < zero.offload_ratio < 1
+    return [
+        (
+            optimizer is not Offload.none and name not in OFFLOADABLE,
+            317,
+            "zero.offload_optimizer",
+            optimizer,
+            f"{name} looks at whole matrices through collectives between GPUs, which a step in host memory cannot",
+            f"Use zero.offload_optimizer=none, or an optim.name of {names}",
+        ),
+        (
+            params is not Offload.none and stage < 3,
+            340,
+            "zero.offload_params",
+            params,
+            f"parameters are fetched layer by layer at zero.stage=3 only, and zero.stage is {stage}",
+            "Use zero.stage=3, or zero.offload_params=none",
+        ),
+        (
+            optimizer is Offload.nvme and stage < 3,
+            341,
+            "zero.offload_optimizer",
+            optimizer,
+            f"NVMe holds state at zero.stage=3 only, and zero.stage is {stage}",
+            "Use zero.stage=3, or zero.offload_optimizer=cpu",
+        ),
+        (
+            bool(on_disk) and zero.nvme_path is None,
+            342,
+            "zero.nvme_path",
+            None,
+            f"{' and '.join(on_disk)} need a folder on a local NVMe disk",
+            "Use zero.nvme_path=FOLDER, or cpu instead of nvme",
+        ),
+        (
+            optimizer is Offload.cpu and stage == 0,
+            343,
+            "zero.offload_optimizer",
+            optimizer,
+            "only ZeRO optimizers keep their state in host memory, and zero.stage is 0",
+            "Use zero.stage=1, or zero.offload_optimizer=none",
+        ),
+        (
+            partial and not (stage == 3 and optimizer is Offload.cpu and name is OptimizerName.adamw),
+            344,
+            "zero.offload_ratio",
+            zero.offload_ratio,
+            "a part of the state is offloaded at zero.stage=3 with adamw and zero.offload_optimizer=cpu only, and here "
+            f"they are {stage}, {name} and {optimizer}",
+            "Use zero.offload_ratio=1, or 'zero.stage=3 optim.name=adamw zero.offload_optimizer=cpu'",
+        ),
+    ]
+
+
+def _strategy(cfg: Config) -> list[_Row]:
+    zero, strategy = cfg.zero, cfg.zero.offload_strategy
+    special = strategy is not OffloadStrategy.plain
+    option, plain = "zero.offload_strategy", "zero.offload_strategy=plain"
+    return [
+        (
+            special and zero.offload_optimizer is not Offload.cpu,
+            346,
+            option,
+            strategy,
+            f"it overlaps the step in host memory, and zero.offload_optimizer is {zero.offload_optimizer}",
+            f"Use zero.offload_optimizer=cpu, or {plain}",
+        ),
+        (
+            strategy is OffloadStrategy.superoffload and zero.stage < 3,
+            347,
+            option,
+            strategy,
+            f"DeepSpeed has it for zero.stage=3 only, and zero.stage is {zero.stage}",
+            f"Use zero.stage=3, or {plain}",
+        ),
+        (
+            special and cfg.optim.name is not OptimizerName.adamw,
+            348,
+            option,
+            strategy,
+            f"DeepSpeed has it for adamw only, and optim.name is {cfg.optim.name}",
+            f"Use optim.name=adamw, or {plain}",
+        ),
+        (
+            special and cfg.train.device is Device.cpu,
+            349,
+            option,
+            strategy,
+            "it overlaps the host's step with a GPU's work, and train.device is cpu",
+            f"Use train.device=cuda, or {plain}",
+        ),
+    ]

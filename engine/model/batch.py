@@ -1,0 +1,61 @@
+"""What a model eats: one micro-batch as the data gives it, and as the layers of one rank read it.
+
+Shapes: B rows, S positions of the whole sequence, L positions of this rank's part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.parallel.cross_entropy import IGNORE
+
+__all__ = ["IGNORE", "Batch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of one replica; the same on all its ranks."""
+
+    tokens_BS: Tensor
+    """int64."""
+    labels_BS: Tensor
+    """int64, `IGNORE` where there is no target."""
+    samples_B: Tensor
+    """Global sample numbers, int64: no two rows of a run share one. Dropout masks are functions of them."""
+    lengths_B: Tensor | None = None
+    """Positions before the padding at the end, int64. None: no row is padded."""
+    token_types_BS: Tensor | None = None
+    """Segment of each token, int64; None: all 0."""
+    sentence_B: Tensor | None = None
+    """Class of each row for the sentence head, int64."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.tokens_BS.shape[0]
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.tokens_BS.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; copies from pinned memory do not wait."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        tokens, labels, samples = (
+            t.to(device, non_blocking=True) for t in (self.tokens_BS, self.labels_BS, self.samples_B)
+        )
+        return Batch(
+            tokens_BS=tokens,
+            labels_BS=labels,
+            samples_B=samples,
+            lengths_B=move(self.lengths_B),
+            token_types_BS=move(self.token_types_BS),
+            sentence_B=move(self.sentence_B),
+        )

@@ -1,0 +1,49 @@
+"""Which model a configuration means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from engine.config.derived import parts_per_rank
+from engine.config.enums import Family
+from engine.config.schema import Config
+from engine.dist.context import ParallelContext
+from engine.model.bert import bert_layers
+from engine.model.gpt import gpt_layers
+from engine.model.layers import LayerDef, glued_bounds
+from engine.model.loss import NextTokenLoss, PretrainingLoss
+from engine.plan.costs import layer_costs
+from engine.topology.partition import partition
+from engine_kernels.ops import AttentionFn
+
+
+def build_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+    """The model as layers, first to last. Nothing is allocated but a rotary table.
+
+    Args:
+        cfg: the rules of `engine.config.rules` hold for it.
+        ctx: its tp and cp axes cut the layers, its device holds the rotary table.
+        attention: the chosen implementation of the attention operation.
+    """
+    family = {Family.gpt: gpt_layers, Family.bert: bert_layers}[cfg.model.family]
+    return family(cfg, ctx, attention)
+
+
+def stage_bounds(cfg: Config, layers: Sequence[LayerDef]) -> list[int]:
+    """First layer of each part of the pipeline in the order of the model, then the number of layers.
+
+    With interleaved and DualPipeV schedules a stage holds several parts.
+    """
+    parallel = cfg.parallel
+    parts = parallel.pp * parts_per_rank(parallel) if parallel.pp > 1 else 1
+    costs = layer_costs(cfg.model, parallel.balance, cfg.data.seq_len)
+    return glued_bounds(layers, lambda joined: partition(joined, parts), costs)
+
+
+def build_loss(cfg: Config, ctx: ParallelContext) -> nn.Module:
+    """What takes the last layer's output and the feed to this micro-batch's share of the loss, scalar fp32."""
+    if cfg.model.family is Family.bert:
+        return PretrainingLoss(cfg.model, cfg.train, ctx)
+    return NextTokenLoss(cfg.model, cfg.train, ctx.tp)

@@ -1,0 +1,114 @@
+"""One micro-batch as the layers of one rank read it.
+
+Shapes: B rows, S positions that this context-parallel rank holds, L of them in its residual stream (S, or S/t with
+sequence parallelism). Sequences are cut into runs of equal length, in rank order: first over cp, then over tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.dist.context import AxisGroup, ParallelContext
+from engine.dist.rng import stream_seed
+from engine.model.batch import IGNORE, Batch
+from engine_kernels.ops import AttentionDropout, attention_keys, row_keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """Inputs, targets and what dropout masks are functions of."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    types_BL: Tensor | None
+    """Segments of the positions of the residual stream."""
+    positions_L: Tensor
+    """Positions in the whole sequence of the residual stream's, int64."""
+    lengths_B: Tensor | None
+    """Positions of the whole sequence before its padding."""
+    sentence_B: Tensor | None
+    samples_B: Tensor
+    first_sample: int
+    whole_length: int
+    """Positions of the whole sequence."""
+    targets: Tensor
+    """Targets in the global batch of this step, fp32 scalar."""
+    sentences: Tensor
+    """Rows with a sentence class in the global batch, fp32 scalar."""
+    seed: int
+
+    def keys_BL(self, site: int) -> Tensor:
+        """Dropout keys of the residual stream's elements at `site`, int32; see `engine_kernels.ops.dropout`."""
+        return row_keys(self.seed, site, self.samples_B, self.positions_L)
+
+    def attention_dropout(self, p: float, site: int, first_head: int, heads: int) -> AttentionDropout:
+        """Dropout of the attention weights of `heads` logical heads from `first_head` on, over the whole sequence."""
+
+        def keys_BNS() -> Tensor:
+            positions_S = torch.arange(self.whole_length, device=self.samples_B.device)
+            return attention_keys(row_keys(self.seed, site, self.samples_B, positions_S), first_head, heads)
+
+        # A fused kernel has one seed for all its elements: another one for each layer, micro-batch and group of heads.
+        seed = stream_seed(self.seed, "attention", site, self.first_sample, first_head)
+        return AttentionDropout(p=p, seed=seed, keys=keys_BNS)
+
+
+def make_feed(batch: Batch, counts: tuple[Tensor, Tensor], ctx: ParallelContext, *, sequence: bool, seed: int) -> Feed:
+    """This rank's part of `batch`, on its device.
+
+    Args:
+        batch: the micro-batch of this replica; its length is a multiple of cp, with `sequence` of cp * tp.
+        counts: targets and sentence classes of the global batch, see `count_targets`.
+        sequence: the residual stream is cut over tp as well.
+        seed: of dropout.
+    """
+    length = batch.length
+    first_sample = int(batch.samples_B[0])
+    batch = batch.to(ctx.device)
+    start, stop = _run(0, length, ctx.cp)
+    stream = _run(start, stop - start, ctx.tp) if sequence else (start, stop)
+    types = batch.token_types_BS
+    return Feed(
+        tokens_BS=batch.tokens_BS[:, start:stop],
+        labels_BS=batch.labels_BS[:, start:stop],
+        types_BL=None if types is None else types[:, stream[0] : stream[1]],
+        positions_L=torch.arange(*stream, device=ctx.device),
+        lengths_B=batch.lengths_B,
+        sentence_B=batch.sentence_B,
+        samples_B=batch.samples_B,
+        first_sample=first_sample,
+        whole_length=length,
+        targets=counts[0],
+        sentences=counts[1],
+        seed=seed,
+    )
+
+
+def _run(start: int, length: int, axis: AxisGroup) -> tuple[int, int]:
+    """First and last position (exclusive) of this rank's equal share of a run."""
+    share = length // axis.size
+    assert share * axis.size == length, f"{length} positions over {axis.size} ranks"
+    return start + share * axis.rank, start + share * (axis.rank + 1)
+
+
+def count_targets(batches: Iterable[Batch], ctx: ParallelContext) -> tuple[Tensor, Tensor]:
+    """Targets and sentence classes of the global batch: fp32 scalars on the device. Collective over dp.
+
+    Losses are divided by these, so that every target weighs the same wherever it is; at least 1, so that a global batch
+    without targets has the loss 0.
+    """
+    found = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        found[0] += (batch.labels_BS != IGNORE).sum()
+        if batch.sentence_B is not None:
+            found[1] += (batch.sentence_B != IGNORE).sum()
+    found = found.to(ctx.device)
+    if ctx.dp.group is not None:
+        dist.all_reduce(found, group=ctx.dp.group)
+    targets, sentences = found.clamp(min=1.0).float()
+    return targets, sentences

@@ -1,0 +1,95 @@
+"""`python -m engine.plan [--world N] [--per-host N] [overrides]`: what training would refuse, or what it would hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+
+from engine.config import rules
+from engine.config.load import HelpRequested, load
+from engine.config.schema import Config
+from engine.errors import EngineError
+from engine.plan.costs import total_parameters
+from engine.plan.host import GIB, available_bytes, host_bytes
+from engine.plan.memory import Memory, memory, rank_parameters, step_timeline
+from engine.plan.stages import chunk_owners, chunks
+from engine.topology.grid import Grid
+
+_USAGE = """\
+usage: python -m engine.plan [--world N] [--per-host N] [group=choice ...] [section.option=value ...]
+
+  --world N     ranks (default: one replica, or parallel.dp of them)
+  --per-host N  ranks of one host (default: 8, or all where there are fewer)
+
+The other words are those of training:
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 the plan is on stdout, 2 refused (the reasons are on stderr, as training gives them)."""
+    parser = argparse.ArgumentParser(prog="python -m engine.plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--world", type=int)
+    parser.add_argument("--per-host", type=int, default=8)
+    flags, words = parser.parse_known_args(argv)
+    try:
+        cfg = load(words)
+        parallel = cfg.parallel
+        world = (
+            parallel.pp * parallel.context * parallel.tp * (parallel.dp or 1) if flags.world is None else flags.world
+        )
+        rules.require(cfg, world)
+        for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(flags.per_host, world))):
+            print(line)
+    except HelpRequested as asked:
+        print(f"{_USAGE}\n{asked}")
+    except EngineError as error:
+        print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def plan(cfg: Config, grid: Grid, local_ranks: int) -> Iterator[str]:
+    """The layout, the schedule, a table with a row for each pipeline rank, and what offload takes of each host."""
+    train = cfg.train
+    axes = (("pp", grid.pp), ("dp", grid.dp), ("cp", grid.cp), ("tp", grid.tp))
+    mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes)
+    samples = train.micro_batch * train.accum_steps * grid.dp
+    yield f"{cfg.model.name}: {total_parameters(cfg.model):,} parameters on {grid.world_size} ranks = {mesh}"
+    yield f"global batch: {samples} samples = {samples * cfg.data.seq_len:,} tokens; ZeRO-{cfg.zero.stage}"
+    if grid.pp > 1:
+        idle = step_timeline(cfg).bubble
+        yield f"{cfg.parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.1%}"
+    yield from _table(cfg, grid)
+    needed = max(host_bytes(cfg, grid.world_size, local_ranks))
+    if needed:
+        free = available_bytes()
+        here = "" if free is None else f"; this machine has {free / GIB:.1f} GiB free"
+        yield f"host memory: {needed / GIB:.3f} GiB for the {local_ranks} ranks of a host{here}"
+
+
+def _table(cfg: Config, grid: Grid) -> Iterator[str]:
+    stages = range(grid.pp)
+    needs = [memory(cfg, grid.world_size, stage) for stage in stages]
+    unit, size = ("GiB", GIB) if max(need.total for need in needs) >= GIB else ("MiB", 2**20)
+    names = [field.name for field in fields(Memory) if field.name != "host"] + ["total"]
+    rows = [["stage", "layers", "parameters", *names]]
+    for stage, need in zip(stages, needs, strict=True):
+        count = sum(rank_parameters(cfg, stage).values())
+        rows.append([str(stage), _spans(cfg, stage), f"{count:,}", *(f"{getattr(need, n) / size:.2f}" for n in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield f"{unit} on the device of one rank, at the peak of a step:"
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        yield "  ".join([*cells, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))])
+
+
+def _spans(cfg: Config, stage: int) -> str:
+    """First and last layer of each chunk of the stage."""
+    mine = [names for names, owner in zip(chunks(cfg), chunk_owners(cfg), strict=True) if owner == stage]
+    return ", ".join(f"{names[0]}..{names[-1]}" for names in mine)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

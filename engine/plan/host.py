@@ -1,0 +1,83 @@
+"""Host memory: what offload needs on each machine, and what this one has (code 345)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.config.enums import Offload
+from engine.config.schema import Config
+from engine.errors import ConfigError, Violation
+from engine.plan.memory import memory
+from engine.topology.grid import Grid
+
+GIB = 2**30
+_CGROUPS = (
+    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "sys/fs/cgroup/memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Files of cgroups v2 and v1: limit, use, statistics, and the statistic of what the kernel gives back when asked."""
+
+
+def require(cfg: Config, world_size: int, local_ranks: int, available: int | None = None) -> None:
+    """Refuse offload that does not fit into the memory of a host with `local_ranks` of the ranks.
+
+    `available` are its free bytes; None looks at this machine, and lets everything pass where that cannot be seen.
+    The rules hold for `cfg`. Raises `ConfigError` (345).
+    """
+    free = available_bytes() if available is None else available
+    needed = host_bytes(cfg, world_size, local_ranks)
+    if free is None or max(needed) <= free:
+        return
+    on_cpu = cfg.zero.offload_optimizer is Offload.cpu
+    option = "zero.offload_optimizer" if on_cpu else "zero.offload_params"
+    disk = f", {option}=nvme" if cfg.zero.stage == 3 else ""
+    hosts = -(-sum(needed) // max(free, 1))
+    raise ConfigError(
+        Violation(
+            code=345,
+            option=option,
+            value=Offload.cpu,
+            rule=f"{local_ranks} ranks of this host would keep {max(needed) / GIB:.1f} GiB in its memory, and "
+            f"{free / GIB:.1f} GiB are free",
+            way_out=f"Use {option}=none{disk}, or spread the replicas over at least {hosts} such hosts",
+        )
+    )
+
+
+def host_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:
+    """Bytes of offloaded state and parameters on each host, when every `local_ranks` ranks in order share one."""
+    grid = Grid.from_config(cfg.parallel, world_size)
+    of_stage = [memory(cfg, world_size, stage).host for stage in range(grid.pp)]
+    ranks = [of_stage[grid.coord(rank).pp] for rank in range(world_size)]
+    return [sum(ranks[start : start + local_ranks]) for start in range(0, world_size, local_ranks)]
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that new allocations of this process can get: MemAvailable, or what its cgroup's limit leaves if less.
+
+    None where there is no /proc/meminfo. `root` is the folder that holds `proc` and `sys`.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    for limit, current, stat, reclaimable in _CGROUPS:
+        text = _read(root / limit)
+        if text.isdigit():
+            statistics = dict(line.split(" ", 1) for line in _read(root / stat).splitlines() if " " in line)
+            used = int(_read(root / current) or 0) - int(statistics.get(reclaimable, 0))
+            free.append(max(0, int(text) - max(0, used)))
+    return min(free)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,100 @@
+"""ZeRO-Offload (arXiv 2101.06840): optimizers that step in host memory, where ZeRO keeps their state and fp32 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, ZenFlowCPUAdam
+from deepspeed.ops.lion import DeepSpeedCPULion
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from engine.config.derived import width_ratio
+from engine.config.enums import Offload, OffloadStrategy, OptimizerName
+from engine.config.schema import Config
+from engine.dist.context import ParallelContext
+from engine.optim.groups import build_optimizer, parameter_groups
+from engine.runtime import extensions
+
+
+def offloads(cfg: Config) -> bool:
+    """Whether the optimizer steps outside the GPU."""
+    return cfg.zero.offload_optimizer is not Offload.none
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], cfg: Config, ctx: ParallelContext) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed wraps: `build_optimizer`'s, or the one for host memory."""
+    if offloads(cfg):
+        return _host_optimizer(parameters, cfg)
+    return build_optimizer(parameters, cfg.optim, ctx, width_ratio=width_ratio(cfg.model))
+
+
+def _host_optimizer(parameters: Iterable[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """The optimizer of `cfg.optim` for tensors in host memory, with the groups of `build_optimizer`.
+
+    AdamW and Lion are DeepSpeed's vectorised ones, with fp32 state; SGD is torch's.
+    """
+    extensions.require(cfg)
+    optim = cfg.optim
+    groups = parameter_groups(parameters, optim, width_ratio(cfg.model))
+    betas = (optim.beta1, optim.beta2)
+    if optim.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    if optim.name is OptimizerName.lion:
+        lion: torch.optim.Optimizer = DeepSpeedCPULion(groups, lr=optim.lr, betas=betas, fp32_optimizer_states=True)
+        return lion
+    kind = DeepSpeedCPUAdam
+    if cfg.zero.offload_strategy is OffloadStrategy.zenflow:
+        kind = partial(ZenFlowCPUAdam, overlap_step=True)
+    adam: torch.optim.Optimizer = kind(
+        groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True, fp32_optimizer_states=True
+    )
+    return adam
+
+
+def offload_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
+    """The offload keys of DeepSpeed's `zero_optimization`; empty without offload.
+
+    Memory is page-locked only where a GPU copies from it.
+    """
+    zero = cfg.zero
+    place: dict[str, Any] = {"pin_memory": zero.pin_memory and ctx.device.type == "cuda"}
+    keys: dict[str, Any] = {}
+    if zero.offload_optimizer is not Offload.none:
+        keys["offload_optimizer"] = {"device": str(zero.offload_optimizer), **place, **_disk(cfg, zero.offload_optimizer)}
+        if zero.stage == 3 and zero.offload_optimizer is Offload.cpu:
+            keys["offload_optimizer"]["ratio"] = zero.offload_ratio
+    if zero.offload_params is not Offload.none:
+        keys["offload_param"] = {"device": str(zero.offload_params), **place, **_disk(cfg, zero.offload_params)}
+    if zero.offload_strategy is OffloadStrategy.superoffload:
+        keys["offload_optimizer"]["super_offload"] = True
+    if zero.offload_strategy is OffloadStrategy.zenflow:
+        # Counted in micro-batches. DeepSpeed takes the update interval for the number of accumulation steps.
+        keys["zenflow"] = {
+            "topk_ratio": 0.1,
+            "select_strategy": "step",
+            "select_interval": 16 * cfg.train.accum_steps,
+            "update_interval": cfg.train.accum_steps,
+            "overlap_step": True,
+        }
+    return keys
+
+
+def begin_step(optimizer: object) -> None:
+    """Before the first backward pass of a step of a pipeline stage: forget the gradients of the step before.
+
+    With offload DeepSpeed's ZeRO-2 adds each pass to what it keeps in host memory, from the second pass of a step on. A
+    parameter whose first pass of the step is a later one (of another part of the model, or a tied weight's) would find
+    the step before there.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        optimizer._wait_for_offload_copies()
+        for gradient in optimizer.accumulated_grads_in_cpu.values():
+            gradient.zero_()
+
+
+def _disk(cfg: Config, where: Offload) -> dict[str, Any]:
+    return {"nvme_path": cfg.zero.nvme_path} if where is Offload.nvme else {}

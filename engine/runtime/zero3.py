@@ -1,0 +1,44 @@
+"""ZeRO-3 without a whole model on any rank: each layer is cut as soon as it is built."""
+
+from __future__ import annotations
+
+import deepspeed
+from deepspeed import comm as ds_comm
+from torch import nn
+
+from engine.config.schema import Config
+from engine.dist.context import ParallelContext
+from engine.dist.init import DTYPES
+from engine.runtime.ds_axes import Axes
+from engine.runtime.ds_config import deepspeed_config
+
+
+class Partitioner:
+    """Cuts layer after layer over the ranks that share parameters (ZeRO-Infinity, arXiv 2104.07857, section 7.2).
+
+    A rank then holds its part of every layer and one layer whole, on its device and in the dtype of the run. With
+    `zero.offload_params` the parts go straight to host memory or NVMe. Parameters keep their attributes; weights are
+    those of the first of the ranks. Collective.
+    """
+
+    def __init__(self, cfg: Config, ctx: ParallelContext, axes: Axes) -> None:
+        ds_comm.init_distributed(dist_init_required=False)
+        self._dtype = DTYPES[cfg.precision.dtype]
+        self._config, self._axes = deepspeed_config(cfg, ctx), axes
+        self._disk: object | None = None
+
+    def __call__(self, layer: nn.Module) -> nn.Module:
+        """`layer`, cut in place; what an earlier call has cut stays as it is."""
+        for parameter in layer.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(self._dtype)
+        init = deepspeed.zero.Init(
+            module=layer,
+            data_parallel_group=self._axes.get_data_parallel_group(),
+            config_dict_or_path=self._config,
+            mpu=self._axes,
+            param_swapper=self._disk,
+        )
+        # One owner of the buffers for NVMe, whatever the number of layers.
+        self._disk = init.param_swapper
+        return layer

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.enums import DType, Offload
+from engine.errors import ConfigError
+from engine.plan.costs import total_parameters
+from engine.plan.host import available_bytes, host_bytes, require
+from engine.plan.memory import memory
+from tests.helpers.configs import make
+
+OFFLOAD = {"zero__offload_optimizer": Offload.cpu, "precision__dtype": DType.bf16}
+
+
+def test_each_host_keeps_what_its_ranks_keep() -> None:
+    cfg = make(**OFFLOAD)
+    count = total_parameters(cfg.model)
+    assert sum(host_bytes(cfg, 8, 4)) == 16 * count
+    assert host_bytes(cfg, 8, 4) == [8 * count, 8 * count]
+    piped = make(**OFFLOAD, parallel__pp=2)
+    stages = [memory(piped, 4, stage).host for stage in range(2)]
+    assert host_bytes(piped, 4, 2) == [2 * stages[0], 2 * stages[1]]
+    assert host_bytes(piped, 4, 4) == [2 * sum(stages)]
+
+
+def test_what_does_not_fit_is_refused_with_the_number_of_hosts() -> None:
+    cfg = make(**OFFLOAD, model__hidden_size=4800)
+    needed = 16 * total_parameters(cfg.model) / 2**30
+    with pytest.raises(ConfigError) as caught:
+        require(cfg, 8, 4, available=int(needed / 5 * 2**30) + 1000)
+    (violation,) = caught.value.violations
+    assert str(violation) == (
+        f"[OCT345] zero.offload_optimizer=cpu: 4 ranks of this host would keep {needed / 2:.1f} GiB in its memory, and "
+        f"{needed / 5:.1f} GiB are free. Use zero.offload_optimizer=none, or spread the replicas over at least 5 such "
+        "hosts"
+    )
+
+
+def test_parameters_on_the_host_are_named_and_nvme_is_offered() -> None:
+    cfg = make(zero__stage=3, zero__offload_params=Offload.cpu)
+    with pytest.raises(ConfigError) as caught:
+        require(cfg, 1, 1, available=0)
+    (violation,) = caught.value.violations
+    assert str(violation).startswith("[OCT345] zero.offload_params=cpu: 1 ranks of this host")
+    assert "Use zero.offload_params=none, zero.offload_params=nvme, or" in violation.way_out
+
+
+def test_what_fits_and_what_is_not_offloaded_passes() -> None:
+    cfg = make(**OFFLOAD)
+    require(cfg, 8, 4, available=host_bytes(cfg, 8, 4)[0])
+    require(make(), 8, 4, available=0)
+    require(cfg, 1, 1)
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in {"proc/meminfo": "MemTotal: 900 kB\nMemAvailable:   800 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 800 * 1024),
+        ({"sys/fs/cgroup/memory.max": "max\n"}, 800 * 1024),
+        ({"sys/fs/cgroup/memory.max": "5000\n", "sys/fs/cgroup/memory.current": "3000\n"}, 2000),
+        (
+            {
+                "sys/fs/cgroup/memory.max": "5000\n",
+                "sys/fs/cgroup/memory.current": "3000\n",
+                "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 1000\n",
+            },
+            3000,
+        ),
+        (
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "5000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "6000\n",
+            },
+            0,
+        ),
+        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 800 * 1024),
+    ],
+    ids=["no cgroup", "no limit", "limit", "cache is given back", "version 1, over its limit", "version 1, no limit"],
+)
+def test_free_memory_is_the_machine_s_or_the_container_s(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    assert available_bytes(machine(tmp_path, files)) == free
+
+
+def test_a_machine_that_cannot_be_asked_refuses_nothing(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) is None
