@@ -63,6 +63,9 @@ def _gpt(model: ModelConfig, attention: str) -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        # The defaults are entries of GPT-2's own vocabulary.
+        bos_token_id=None,
+        eos_token_id=None,
         attn_implementation=attention,
     )
     made: nn.Module = GPT2LMHeadModel(config)
@@ -139,7 +142,7 @@ def train(model: nn.Module, cfg: Config, *, reverse: bool = False) -> Curves:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        curves.losses.append(float(loss))
+        curves.losses.append(float(loss.detach()))
         curves.norms.append(float(norm))
         curves.rates.append(rate)
     return curves

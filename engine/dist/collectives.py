@@ -80,13 +80,15 @@ def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """The ranks' slices in rank order along `dim`; no gradient."""
     joined = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(joined, x.contiguous(), group=group)
     return _from_blocks(_cut(joined, 0, group.size()), dim)
 
 
-def _reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """This rank's slice along `dim` of the sum of the ranks' `x`; no gradient."""
     # torch's gloo has this call too: an all-reduce of which each rank keeps its block.
     blocks = _in_blocks(x, dim, group.size())
     mine = torch.empty_like(blocks[0])
@@ -121,7 +123,7 @@ def gather_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     Each rank's gradient of the whole is partial: the backward pass adds them up and keeps the own slice.
     """
     dim %= x.dim()
-    return _apply(x, axis, partial(_all_gather, dim=dim), partial(_reduce_scatter, dim=dim))
+    return _apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
 
 
 def collect_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
@@ -130,19 +132,19 @@ def collect_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     So is the gradient of the whole, of which the backward pass keeps the own slice.
     """
     dim %= x.dim()
-    return _apply(x, axis, partial(_all_gather, dim=dim), partial(_own_slice, dim=dim))
+    return _apply(x, axis, partial(all_gather, dim=dim), partial(_own_slice, dim=dim))
 
 
 def scatter_sum_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of the sum of the ranks' partial `x`; the gradient's slices are gathered."""
     dim %= x.dim()
-    return _apply(x, axis, partial(_reduce_scatter, dim=dim), partial(_all_gather, dim=dim))
+    return _apply(x, axis, partial(reduce_scatter, dim=dim), partial(all_gather, dim=dim))
 
 
 def split_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of `x`, equal on all ranks; the gradient's slices are gathered."""
     dim %= x.dim()
-    return _apply(x, axis, partial(_own_slice, dim=dim), partial(_all_gather, dim=dim))
+    return _apply(x, axis, partial(_own_slice, dim=dim), partial(all_gather, dim=dim))
 
 
 def exchange_over_axis(x: Tensor, axis: AxisGroup, *, split_dim: int, gather_dim: int) -> Tensor:

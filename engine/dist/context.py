@@ -1,4 +1,4 @@
-"""`ParallelContext`: the grid, this rank's place in it and its process groups, passed explicitly to whoever needs them."""
+"""`ParallelContext`: the grid, this rank's place in it and its process groups, passed to whoever needs them."""
 
 from __future__ import annotations
 

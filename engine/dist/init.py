@@ -12,7 +12,6 @@ from engine.config.enums import Device, DType
 from engine.config.launch_env import LaunchEnv
 from engine.errors import LaunchError
 
-
 DTYPES = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
 """Dtype of parameters and activations for each `precision.dtype`."""
 

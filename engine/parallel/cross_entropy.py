@@ -90,6 +90,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (grad * scale).to(ctx.dtype), None, None, None, None, None
 
 
+# See `engine.dist.collectives`: torch 2.11 compiles such functions to zero gradients.
+@torch.compiler.disable
+def _vocab_parallel(
+    logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, tp: AxisGroup, smoothing: float, z_loss: float
+) -> Tensor:
+    losses_BS: Tensor = _VocabParallelCrossEntropy.apply(logits_BSV, labels_BS, vocab_size, tp, smoothing, z_loss)
+    return losses_BS
+
+
 def vocab_parallel_cross_entropy(
     logits_BSV: Tensor,
     labels_BS: Tensor,
@@ -112,7 +121,7 @@ def vocab_parallel_cross_entropy(
         (B, S) fp32, equal on all ranks of the axis.
     """
     if tp.group is not None:
-        return _VocabParallelCrossEntropy.apply(logits_BSV, labels_BS, vocab_size, tp, smoothing, z_loss)
+        return _vocab_parallel(logits_BSV, labels_BS, vocab_size, tp, smoothing, z_loss)
     logits = logits_BSV[..., :vocab_size].float()
     losses = F.cross_entropy(
         logits.flatten(0, -2), labels_BS.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=smoothing

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.dist.context import AxisGroup
+from engine.parallel.linear import column_linear
 from engine.parallel.logical import LogicalTensor, Role, make_parameter
-from engine.parallel.sequence import enter, leave
+from engine.parallel.sequence import leave
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -52,7 +53,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
-        return F.linear(enter(x, self.tp, sequence=self.sequence), self._table)
+        return column_linear(x, self._table, None, self.tp, sequence=self.sequence)
 
 
 class VocabParallelHead(VocabParallelEmbedding):

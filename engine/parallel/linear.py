@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.dist.collectives import all_gather, copy_to_axis, reduce_scatter
 from engine.dist.context import AxisGroup
 from engine.parallel.logical import LogicalTensor, make_parameter, replicated_parameter
-from engine.parallel.sequence import enter, leave, whole
+from engine.parallel.sequence import leave, whole
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """All-gather along the sequence and a linear map; only this rank's positions are kept for the backward pass.
+
+    All are gathered again there (arXiv 2205.05198, section 4.2.2): keeping all positions would give back what sequence
+    parallelism saves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(x_BLD, weight)
+        ctx.group, ctx.has_bias = group, bias is not None
+        return F.linear(all_gather(x_BLD, group, dim=1), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x_BLD, weight = ctx.saved_tensors
+        grad_BSO = grads[0]
+        x_BSD = all_gather(x_BLD, ctx.group, dim=1)
+        grad_weight = grad_BSO.flatten(0, 1).t() @ x_BSD.flatten(0, 1)
+        grad_bias = grad_BSO.sum(dim=(0, 1)) if ctx.has_bias else None
+        return reduce_scatter(grad_BSO @ weight, ctx.group, dim=1), grad_weight, grad_bias, None
+
+
+# See `engine.dist.collectives`: torch 2.11 compiles such functions to zero gradients.
+@torch.compiler.disable
+def _gathered_linear(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    out: Tensor = _GatheredLinear.apply(x_BLD, weight, bias, group)
+    return out
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: AxisGroup, *, sequence: bool) -> Tensor:
+    """Residual stream (B, S or S/t, D) and this rank's rows of W (O/t, D) -> this rank's outputs (B, S, O/t)."""
+    if sequence and tp.group is not None:
+        return _gathered_linear(x, weight, bias, tp.group)
+    return F.linear(copy_to_axis(x, tp), weight, bias)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -42,7 +84,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual stream (B, S or S/t, D) -> (B, S, O/t)."""
-        return F.linear(enter(x, self.tp, sequence=self.sequence), self.weight, self.bias)
+        return column_linear(x, self.weight, self.bias, self.tp, sequence=self.sequence)
 
 
 class RowParallelLinear(nn.Module):

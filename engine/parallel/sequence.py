@@ -1,4 +1,4 @@
-"""Entering and leaving tensor-parallel regions, with or without sequence parallelism (arXiv 2205.05198, section 4.2.2).
+"""Tensor-parallel regions and what is outside, with or without sequence parallelism (arXiv 2205.05198, section 4.2.2).
 
 Without it the residual stream is whole on every tp rank; with it each rank holds a run of the positions, the
 all-reduces become an all-gather and a reduce-scatter, and what is replicated (norms, biases of row-parallel layers,
@@ -9,13 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.dist.collectives import copy_to_axis, gather_over_axis, scatter_sum_over_axis, sum_over_axis
+from engine.dist.collectives import copy_to_axis, scatter_sum_over_axis, sum_over_axis
 from engine.dist.context import AxisGroup
-
-
-def enter(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
-    """Residual stream -> input of a layer that is cut over tp: all positions, (B, S, ...)."""
-    return gather_over_axis(x, tp) if sequence else copy_to_axis(x, tp)
 
 
 def leave(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
@@ -24,5 +19,5 @@ def leave(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
 
 
 def whole(parameter: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
-    """A parameter that every tp rank holds whole, for use on the residual stream; gradients are summed over the parts."""
+    """A parameter that all tp ranks hold whole, for use on the residual stream; gradients are summed over the parts."""
     return copy_to_axis(parameter, tp) if sequence else parameter

@@ -115,8 +115,8 @@ def block_activation_bytes(cfg: Config) -> int:
     """What one block keeps of one micro-batch for its backward pass, without recomputation of the whole block.
 
     Korthikanti et al. (arXiv 2205.05198, sections 4.1, 4.2) for any feed-forward and head sizes, with fused attention,
-    and without masks, which are computed again: e b (2 R D + 2 L D + L (2 Hq + 2 Hk + f F) / tp), plus the attention
-    core. The terms: inputs of the norms; inputs of the two column-parallel layers, whole on every tp rank; queries,
+    and without masks, which are computed again: e b (4 R D + L (2 Hq + 2 Hk + f F) / tp), plus the attention core.
+    The terms: inputs of the norms and of the two column-parallel layers, which gather them again; queries,
     attention output, keys and values (Hk / tp at least `context` heads, which are repeated for it); f = 2 of GELU, 4
     of SwiGLU. Core: 4 bytes per head and position (log-sum-exp) of a fused kernel; the reference keeps the
     b N L seq_len / tp weights in fp32, twice with dropout, and keys and values repeated for all query heads.
@@ -131,7 +131,7 @@ def block_activation_bytes(cfg: Config) -> int:
     queries = heads * head_dim(model)
     keys = queries if reference and not selective else kv * head_dim(model)
     inner = (4 if model.activation is Activation.swiglu else 2) * (ffn_size(model) // tp)
-    kept = 2 * residual * model.hidden_size + positions * (2 * model.hidden_size + 2 * queries + 2 * keys + inner)
+    kept = 4 * residual * model.hidden_size + positions * (2 * queries + 2 * keys + inner)
     core = 4 * positions * heads
     if reference:
         core = 4 * positions * heads * cfg.data.seq_len * (2 if model.attention_dropout > 0 else 1)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.enums import DType, OptimizerName
+from engine.config.enums import DType, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
-from engine.runtime.offload import offload_config, offloads
+from engine.runtime.offload import offload_config, offloads, selective_optimizer
 
 
 def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     buckets = {"reduce_bucket_size": zero.bucket_elements, "allgather_bucket_size": zero.bucket_elements}
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
+    overlap = zero.overlap_comm and ctx.device.type == "cuda" and ctx.pp.size == 1 and ctx.reduce.size > 1
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accum_steps,
@@ -29,7 +30,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "gradient_clipping": cfg.optim.clip_norm if clips_itself(cfg) else 0.0,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": zero.overlap_comm and ctx.device.type == "cuda" and ctx.pp.size == 1 and ctx.reduce.size > 1,
+            "overlap_comm": overlap,
             "contiguous_gradients": True,
             **buckets,
             **offload_config(cfg, ctx),
@@ -41,7 +42,9 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if offloads(cfg):
-        config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is not OptimizerName.sgd
+        config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is OptimizerName.adamw
+    if zero.offload_strategy is OffloadStrategy.zenflow:
+        config["optimizer"] = selective_optimizer(cfg)
     if ctx.pp.size > 1:
         # The pipeline runner says itself when a step's gradients are complete.
         config["managed_gradient_accumulation"] = False

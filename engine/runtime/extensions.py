@@ -23,7 +23,7 @@ from engine.errors import ConfigError, Violation
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 """Where torch builds and looks for extensions."""
 
-_STEPS = {OptimizerName.adamw: "cpu_adam", OptimizerName.lion: "cpu_lion"}
+_ADAM = "cpu_adam"
 
 
 def export() -> None:
@@ -46,14 +46,14 @@ def require(cfg: Config) -> None:
     """
     export()
     found = []
-    step = _STEPS.get(cfg.optim.name)
-    if cfg.zero.offload_optimizer is not Offload.none and step is not None and not usable(step):
+    steps_there = cfg.zero.offload_optimizer is not Offload.none and cfg.optim.name is OptimizerName.adamw
+    if steps_there and not usable(_ADAM):
         found.append(
             Violation(
                 code=701,
                 option="zero.offload_optimizer",
                 value=cfg.zero.offload_optimizer,
-                rule=f"{cfg.optim.name} steps in host memory with DeepSpeed's {step} extension, which is not built in "
+                rule=f"adamw steps in host memory with DeepSpeed's {_ADAM} extension, which is not built in "
                 f"{os.environ.get(VARIABLE, 'the cache of torch')}, and {_missing()} to build it is not here",
                 way_out="Install g++ and ninja and run 'make setup', or use zero.offload_optimizer=none or optim=sgd",
             )
@@ -98,16 +98,15 @@ def _has_libaio() -> bool:
 def main() -> int:
     """Build DeepSpeed's CPU Adam if it is not built. 0 also when it cannot be: all but offload works without it."""
     export()
-    name = _STEPS[OptimizerName.adamw]
-    if not usable(name):
-        print(f"extensions: no {_missing()} here, so zero.offload_optimizer needs optim=sgd")
+    if not usable(_ADAM):
+        print(f"extensions: no {_missing()} here, so zero.offload_optimizer needs optim=sgd or optim=lion")
         return 0
     start = time.perf_counter()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     CPUAdamBuilder().load(verbose=False)
-    print(f"extensions: {name} is ready after {time.perf_counter() - start:.0f} s, in {os.environ.get(VARIABLE)}")
+    print(f"extensions: {_ADAM} is ready after {time.perf_counter() - start:.0f} s, in {os.environ.get(VARIABLE)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""ZeRO-Offload (arXiv 2101.06840): optimizers that step in host memory, where ZeRO keeps their state and fp32 weights."""
+"""ZeRO-Offload (arXiv 2101.06840): steps in host memory, where ZeRO then keeps optimizer state and fp32 weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, ZenFlowCPUAdam
-from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
@@ -17,6 +16,7 @@ from engine.config.enums import Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.optim.groups import build_optimizer, parameter_groups
+from engine.optim.lion import Lion
 from engine.runtime import extensions
 
 
@@ -35,7 +35,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], cfg: Config, ctx: Paralle
 def _host_optimizer(parameters: Iterable[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
     """The optimizer of `cfg.optim` for tensors in host memory, with the groups of `build_optimizer`.
 
-    AdamW and Lion are DeepSpeed's vectorised ones, with fp32 state; SGD is torch's.
+    AdamW is DeepSpeed's vectorised one, with fp32 state.
     """
     extensions.require(cfg)
     optim = cfg.optim
@@ -44,8 +44,8 @@ def _host_optimizer(parameters: Iterable[nn.Parameter], cfg: Config) -> torch.op
     if optim.name is OptimizerName.sgd:
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     if optim.name is OptimizerName.lion:
-        lion: torch.optim.Optimizer = DeepSpeedCPULion(groups, lr=optim.lr, betas=betas, fp32_optimizer_states=True)
-        return lion
+        # DeepSpeed's has a second moment that it never reads, and would be compiled at the start of the run.
+        return Lion(groups, lr=optim.lr, betas=betas)
     kind = DeepSpeedCPUAdam
     if cfg.zero.offload_strategy is OffloadStrategy.zenflow:
         kind = partial(ZenFlowCPUAdam, overlap_step=True)
@@ -61,14 +61,14 @@ def offload_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     Memory is page-locked only where a GPU copies from it.
     """
     zero = cfg.zero
-    place: dict[str, Any] = {"pin_memory": zero.pin_memory and ctx.device.type == "cuda"}
+    pin = zero.pin_memory and ctx.device.type == "cuda"
     keys: dict[str, Any] = {}
     if zero.offload_optimizer is not Offload.none:
-        keys["offload_optimizer"] = {"device": str(zero.offload_optimizer), **place, **_disk(cfg, zero.offload_optimizer)}
+        keys["offload_optimizer"] = _place(cfg, zero.offload_optimizer, pin=pin)
         if zero.stage == 3 and zero.offload_optimizer is Offload.cpu:
             keys["offload_optimizer"]["ratio"] = zero.offload_ratio
     if zero.offload_params is not Offload.none:
-        keys["offload_param"] = {"device": str(zero.offload_params), **place, **_disk(cfg, zero.offload_params)}
+        keys["offload_param"] = _place(cfg, zero.offload_params, pin=pin)
     if zero.offload_strategy is OffloadStrategy.superoffload:
         keys["offload_optimizer"]["super_offload"] = True
     if zero.offload_strategy is OffloadStrategy.zenflow:
@@ -81,6 +81,13 @@ def offload_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
             "overlap_step": True,
         }
     return keys
+
+
+def selective_optimizer(cfg: Config) -> dict[str, Any]:
+    """DeepSpeed's `optimizer` section for ZenFlow, which steps the important columns with it on the GPU."""
+    optim = cfg.optim
+    parameters = {"lr": optim.lr, "betas": [optim.beta1, optim.beta2], "eps": optim.eps}
+    return {"type": "AdamW", "params": {**parameters, "weight_decay": optim.weight_decay}}
 
 
 def begin_step(optimizer: object) -> None:
@@ -96,5 +103,6 @@ def begin_step(optimizer: object) -> None:
             gradient.zero_()
 
 
-def _disk(cfg: Config, where: Offload) -> dict[str, Any]:
-    return {"nvme_path": cfg.zero.nvme_path} if where is Offload.nvme else {}
+def _place(cfg: Config, where: Offload, *, pin: bool) -> dict[str, Any]:
+    disk = {"nvme_path": cfg.zero.nvme_path} if where is Offload.nvme else {}
+    return {"device": str(where), "pin_memory": pin, **disk}

@@ -1,4 +1,4 @@
-"""Dropout in a cut block: the residual stream loses what it loses on one rank, attention heads lose weights of their own."""
+"""Dropout in a cut block: the residual stream loses what one rank drops, attention heads lose weights of their own."""
 
 from __future__ import annotations
 

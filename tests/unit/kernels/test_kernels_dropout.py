@@ -99,6 +99,13 @@ def test_sites_seeds_salts_samples_positions_and_heads_are_independent() -> None
             assert deviations(count, 0.5, agree.numel() // count.numel()).max() < SIGMAS, (one, other, dims)
 
 
+def test_no_mask_is_another_one_moved_by_some_channels() -> None:
+    for (one, a), (other, b) in itertools.combinations(other_masks().items(), 2):
+        for shift in (-3, -2, -1, 1, 2, 3):
+            agree = (a.roll(shift, -1) == b).sum()
+            assert deviations(agree, 0.5, a.numel()) < SIGMAS, (one, other, shift)
+
+
 def test_rows_of_a_large_batch_have_keys_that_hardly_ever_meet() -> None:
     # 2^20 keys of 32 bits: 128 pairs meet on average, a Poisson variable.
     many = row_keys(0, 0, torch.arange(1024), torch.arange(1024)).flatten()

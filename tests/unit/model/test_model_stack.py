@@ -12,7 +12,7 @@ from engine.dist.context import SINGLE
 from engine.model.feed import Feed
 from engine.model.layers import LayerDef, Stack, build_stacks, glued_bounds
 from engine.topology.partition import partition
-from tests.helpers.models import BERT, GPT2, batch_of, config_of, feed_of, layers_of, logits_of, noisy_weights
+from tests.helpers.models import BERT, GPT2, batch_of, feed_of, layers_of, logits_of, noisy_weights
 
 
 class Doubled(nn.Module):
@@ -21,10 +21,11 @@ class Doubled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.factor = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return x * 2
+        return x * self.factor
 
 
 def layer(name: str, *, repeats: bool = False, glued: bool = False) -> LayerDef:
@@ -124,4 +125,3 @@ def test_each_module_is_converted_once_as_it_is_built() -> None:
     (stack,) = build_stacks(layers, [(0, len(layers))], noisy_weights(), tp=SINGLE, convert=convert)
     assert len(seen) == len(layers) - 1, "the tied head is built with the embedding"
     assert {p.dtype for p in stack.parameters()} == {torch.float64}
-    assert config_of(GPT2).model.tied_head

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.dist.context import SINGLE, AxisGroup
-from engine.parallel.cross_entropy import mask_padding, vocab_parallel_cross_entropy
+from engine.parallel.cross_entropy import IGNORE, mask_padding, vocab_parallel_cross_entropy
 from tests.helpers.threads import on_axis
 
 B, S, V, PADDED = 2, 5, 13, 24
@@ -29,21 +29,26 @@ def weights() -> Tensor:
     return torch.linspace(0.5, 2.0, B * S).view(B, S)
 
 
-def whole(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def whole(logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Loss per token and gradient of the logits, in fp64, padding left out."""
     z = logits.double().requires_grad_()
-    loss = F.cross_entropy(z[..., :V].flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
+    loss = F.cross_entropy(
+        z[..., :V].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=smoothing
+    ).view(B, S)
+    loss = loss + z_loss * z[..., :V].logsumexp(-1).square() * (labels != IGNORE)
     (loss * weights()).sum().backward()
     assert z.grad is not None
     return loss.detach(), z.grad
 
 
-def cut(logits: Tensor, labels: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
+def cut(
+    logits: Tensor, labels: Tensor, size: int, smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[list[Tensor], Tensor]:
     """Loss per token on each rank, and the ranks' gradients side by side."""
 
     def rank(tp: AxisGroup) -> tuple[Tensor, Tensor]:
         z = logits.chunk(size, dim=-1)[tp.rank].clone().requires_grad_()
-        loss = vocab_parallel_cross_entropy(z, labels, vocab_size=V, tp=tp)
+        loss = vocab_parallel_cross_entropy(z, labels, vocab_size=V, tp=tp, smoothing=smoothing, z_loss=z_loss)
         (loss * weights()).sum().backward()
         assert z.grad is not None
         return loss.detach(), z.grad
@@ -63,6 +68,27 @@ def test_loss_and_gradient_are_those_of_the_whole_vocabulary(size: int) -> None:
         assert torch.equal(mine, losses[0]), "equal on all ranks"
         torch.testing.assert_close(mine.double(), loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grads.double(), grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-1)])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_smoothing_z_loss_and_positions_without_target(
+    size: int, smoothing: float, z_loss: float, ignored: bool
+) -> None:
+    logits, labels = inputs()
+    if ignored:
+        labels[0, 2] = labels[1, :3] = IGNORE
+    loss, grad = whole(logits, labels, smoothing, z_loss)
+    plain, _ = whole(logits, labels)
+    losses, grads = cut(logits, labels, size, smoothing, z_loss)
+    assert float((loss - plain).abs().max()) > 1e-2, "smoothing and z-loss show"
+    for mine in losses:
+        assert torch.equal(mine, losses[0]), "equal on all ranks"
+        torch.testing.assert_close(mine.double(), loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads.double(), grad, rtol=1e-5, atol=1e-7)
+    assert torch.equal(losses[0][labels == IGNORE], torch.zeros(4 if ignored else 0))
+    assert not grads[labels == IGNORE].any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])

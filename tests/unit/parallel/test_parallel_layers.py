@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.dist.context import AxisGroup
-from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from engine.dist.context import SINGLE, AxisGroup
+from engine.parallel.embedding import VocabParallelBias, VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine.parallel.logical import logical_of, name_parameters
 from tests.helpers.threads import on_axis
@@ -95,14 +95,15 @@ def test_one_rank_computes_the_plain_linear_layer() -> None:
 
 
 class Tied(nn.Module):
-    """Embedding and projection by the same table; the columns of all ranks, squared, stand for a loss."""
+    """Embedding and projection by the same table, and a bias; the columns of all ranks, squared, stand for a loss."""
 
-    def __init__(self, tp: AxisGroup) -> None:
+    def __init__(self, tp: AxisGroup, sequence: bool = False) -> None:
         super().__init__()
-        self.table = VocabParallelEmbedding(V, D, padded=PADDED, tp=tp, init_std=1.0)
+        self.table = VocabParallelEmbedding(V, D, padded=PADDED, tp=tp, init_std=1.0, sequence=sequence)
+        self.bias = VocabParallelBias(V, PADDED, tp)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.table(self.table(tokens), project=True)
+        return self.bias(self.table(self.table(tokens), project=True))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -119,13 +120,16 @@ def test_every_rank_looks_up_every_token(size: int) -> None:
         assert torch.equal(mine, table[tokens])
 
 
+@pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("size", SIZES[1:])
-def test_a_tied_table_cut_by_vocabulary_has_the_logits_and_gradient_of_the_whole(size: int) -> None:
+def test_a_tied_table_cut_by_vocabulary_has_the_logits_and_gradient_of_the_whole(size: int, sequence: bool) -> None:
     tokens = torch.tensor([[0, 5, 20, 5], [19, 7, 8, 0]])
     (output,), _, parameters = run(Tied, tokens, 1)
-    outputs, _, assembled = run(Tied, tokens, size)
+    outputs, _, assembled = run(lambda tp: Tied(tp, sequence), tokens, size)
     torch.testing.assert_close(torch.cat(outputs, dim=-1), output, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(assembled["layer.table.weight"], parameters["layer.table.weight"], rtol=1e-5, atol=1e-3)
+    assert len(parameters) == 2
+    for name, expected in parameters.items():
+        torch.testing.assert_close(assembled[name], expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -142,3 +146,30 @@ def test_a_head_of_its_own_gives_each_rank_its_columns(size: int) -> None:
     assert logits.shape == (2, 3, PADDED)
     torch.testing.assert_close(logits[..., :V], x @ table.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits[..., V:], torch.zeros(2, 3, PADDED - V))
+
+
+def test_a_bias_by_vocabulary_is_added_to_its_columns_and_zero_in_the_padding() -> None:
+    logits = torch.randn(2, 3, PADDED, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(len("layer.weight")))
+
+    def rank(tp: AxisGroup) -> Tensor:
+        layer = VocabParallelBias(V, PADDED, tp)
+        fill(layer, tp)
+        return layer(logits.chunk(4, dim=-1)[tp.rank]).detach()
+
+    expected = torch.cat([logits[..., :V] + bias, logits[..., V:]], dim=-1)
+    assert torch.equal(torch.cat(on_axis(rank, 4), dim=-1), expected)
+
+
+def test_a_stand_in_takes_the_place_of_the_table_in_both_uses() -> None:
+    layer = VocabParallelEmbedding(V, D, padded=PADDED, tp=SINGLE, init_std=1.0)
+    fill(layer, SINGLE)
+    tokens = torch.tensor([[0, 5, 20]])
+    expected = layer(layer(tokens), project=True)
+    layer.stand_in = layer.weight.detach().requires_grad_()
+    found = layer(layer(tokens), project=True)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert layer.weight.grad is None
+    assert layer.stand_in.grad is not None
+    assert layer.stand_in.grad.abs().sum() > 0

@@ -91,8 +91,7 @@ def test_activations_follow_korthikanti_less_the_masks() -> None:
     cfg.parallel.tp = 2
     assert block_activation_bytes(cfg) == (8 + 24 / 2) * sbh
     cfg.parallel.sequence = True
-    # The paper's 32 / tp, plus the inputs of the two column-parallel layers, which are kept whole.
-    assert block_activation_bytes(cfg) == (4 / 2 + 4 + 24 / 2) * sbh
+    assert block_activation_bytes(cfg) == 32 / 2 * sbh
 
 
 def test_the_reference_keeps_the_attention_matrix_and_selective_recomputation_drops_it() -> None:

@@ -14,10 +14,12 @@ from engine.errors import LaunchError
 from engine.train import local
 
 
-def config(device: Device, pp: int = 1, tp: int = 1, dp: int | None = None, threads: int | None = None) -> Config:
+def config(
+    device: Device, pp: int = 1, tp: int = 1, dp: int | None = None, threads: int | None = None, context: int = 1
+) -> Config:
     return Config(
         model=ModelConfig(name="m", num_layers=4, hidden_size=48, num_heads=6, vocab_size=512, max_positions=64),
-        parallel=ParallelConfig(pp=pp, tp=tp, dp=dp),
+        parallel=ParallelConfig(pp=pp, tp=tp, dp=dp, context=context),
         data=DataConfig(source="random", seq_len=32, vocab_size=512),
         optim=OptimConfig(lr=1e-3),
         train=TrainingConfig(steps=1, micro_batch=1, device=device, cpu_threads=threads),
@@ -51,6 +53,13 @@ def test_world_size(
     assert local.world_size(config(device, pp, tp, dp)) == ranks
 
 
+def test_ranks_that_share_a_sequence_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 8)
+    assert local.world_size(config(Device.cpu, context=4)) == 4
+    assert local.world_size(config(Device.cpu, pp=2, tp=2, dp=1, context=2)) == 8
+    assert local.world_size(config(Device.auto, tp=2, context=2)) == 8
+
+
 @pytest.mark.parametrize(("pp", "tp", "dp", "wanted"), [(2, 2, 2, 8), (4, 2, None, 8), (1, 1, 5, 5)])
 def test_more_ranks_than_gpus_are_refused(
     monkeypatch: pytest.MonkeyPatch, pp: int, tp: int, dp: int | None, wanted: int
@@ -59,8 +68,8 @@ def test_more_ranks_than_gpus_are_refused(
     with pytest.raises(LaunchError) as caught:
         local.world_size(config(Device.auto, pp, tp, dp))
     assert str(caught.value) == (
-        f"1. [OCT513] parallel.pp*parallel.tp*parallel.dp={wanted}: this machine shows 4 GPUs and each rank needs its "
-        "own. Use degrees whose product is at most 4, start on more machines with torchrun, or train.device=cpu"
+        f"1. [OCT513] parallel.pp*parallel.context*parallel.tp*parallel.dp={wanted}: this machine shows 4 GPUs and "
+        "each rank needs its own. Use degrees whose product is at most 4, start on more machines with torchrun, or train.device=cpu"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 import engine
 from engine.config import Attention, Config, DataConfig, DType, OptimConfig, OptimizerName, TrainingConfig
+from engine.config.enums import PipelineSchedule
 from engine.data import Data
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.errors import ConfigError
@@ -36,8 +37,8 @@ def config(model: str = "gpt_tiny") -> Config:
     )
 
 
-def lines(cfg: Config, pp: int, dp: int, tp: int, bounds: list[int]) -> list[str]:
-    ctx = replace(ParallelContext.single(), grid=Grid(pp=pp, dp=dp, tp=tp))
+def lines(cfg: Config, pp: int, dp: int, tp: int, bounds: list[int], cp: int = 1) -> list[str]:
+    ctx = replace(ParallelContext.single(), grid=Grid(pp=pp, dp=dp, cp=cp, tp=tp))
     return list(describe(cfg, ctx, list(parameter_counts(cfg.model)), bounds, choose_attention(cfg, CPU)))
 
 
@@ -49,9 +50,21 @@ def test_a_run_with_stages_is_described_in_numbers() -> None:
         "global batch 24 = micro 4 x accum 3 x dp 2 samples of 128 tokens = 3,072 tokens; ZeRO-1, fp32, adamw",
         "stage 0: embed.tokens .. block.0, 3 layers, 487k parameters",
         "stage 1: block.1 .. head, 5 layers, 595k parameters",
-        "1F1B with 3 micro-batches: bubble 25%; more train.accum_steps shrink it",
+        "one_f_one_b with 3 micro-batches: bubble 25% if stages are equal; more train.accum_steps shrink it",
         "attention: sdpa; not sdpa_cudnn: needs a CUDA device",
     ]
+
+
+def test_parts_of_a_stage_are_listed_and_its_bubble_is_that_of_its_schedule() -> None:
+    cfg = config("bert_tiny")
+    cfg.parallel.schedule, cfg.parallel.virtual_stages, cfg.train.accum_steps = PipelineSchedule.interleaved, 2, 4
+    cfg.parallel.context = 2
+    found = lines(cfg, 2, 1, 1, [0, 3, 4, 5, 9], cp=2)
+    assert found[0].endswith("4 ranks = pp 2 x dp 1 x tp 1 x context 2, CPU")
+    assert found[2].startswith("stage 0: embed.tokens .. block.0, block.2 .. block.2, 4 layers, ")
+    assert found[3].startswith("stage 1: block.1 .. block.1, block.3 .. head.bias, 5 layers, ")
+    # (p - 1) / (v m + p - 1), arXiv 2104.04473, section 2.2.2.
+    assert found[4].startswith("interleaved with 4 micro-batches: bubble 11% ")
 
 
 def test_without_stages_none_are_listed() -> None:
@@ -118,8 +131,10 @@ class FakeHook:
 def test_the_loop_reads_this_replicas_batches_and_calls_the_hooks_in_order() -> None:
     log: list[Any] = []
     data = Data(train=FakeSplit(), valid=None, vocab_size=1, fingerprint="f", folder=Path())  # type: ignore[arg-type]
-    summary = fit(FakeEngine(log), data, config(), [FakeHook("a", log), FakeHook("b", log)])  # type: ignore[arg-type]
-    place = {"dp_rank": 1, "dp": 2, "micro_batch": 4, "accum_steps": 3}
+    cfg = config()
+    cfg.parallel.context, cfg.parallel.tp, cfg.parallel.sequence = 2, 2, True
+    summary = fit(FakeEngine(log), data, cfg, [FakeHook("a", log), FakeHook("b", log)])  # type: ignore[arg-type]
+    place = {"dp_rank": 1, "dp": 2, "micro_batch": 4, "accum_steps": 3, "multiple": 4}
     expected: list[Any] = [("a", "before"), ("b", "before")]
     # Two steps of warm-up to the peak, and the first of the decay, which starts at the peak.
     for step, lr in enumerate((0.25, 0.5, 0.5)):

@@ -98,8 +98,8 @@ def test_rules_are_checked_against_the_launchers_world(
 def test_rules_are_checked_before_ranks_are_started(
     environ: dict[str, str], runs: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.main(["experiment=first_light", "zero=z2"]) == 2
-    assert "[OCT208] zero.stage=2" in capsys.readouterr().err
+    assert train.main(["experiment=first_light", "zero=z3"]) == 2
+    assert "[OCT208] zero.stage=3" in capsys.readouterr().err
     assert runs == []
 
 
@@ -110,7 +110,7 @@ def test_too_few_gpus_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert train.main(["parallel=octant", "train.device=cuda"]) == 2
     err = capsys.readouterr().err
-    assert "[OCT513] parallel.pp*parallel.tp*parallel.dp=8: this machine shows 4 GPUs" in err
+    assert "[OCT513] parallel.pp*parallel.context*parallel.tp*parallel.dp=8: this machine shows 4 GPUs" in err
     assert runs == []
 
 

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config.load import load
+from engine.dist.context import ParallelContext
+from engine.runtime.ds_config import deepspeed_config
+
+
+def emitted(*words: str, device: str = "cuda") -> dict[str, Any]:
+    cfg = load(["run.name=t", *words])
+    return deepspeed_config(cfg, replace(ParallelContext.single(), device=torch.device(device)))
+
+
+def test_without_offload_no_offload_keys() -> None:
+    keys = emitted("zero=z3")["zero_optimization"]
+    assert not {"offload_optimizer", "offload_param", "zenflow"} & keys.keys()
+
+
+@pytest.mark.parametrize("stage", ["z1", "z2", "z3"])
+def test_offloaded_optimizer(stage: str) -> None:
+    place = emitted(f"zero={stage}", "zero.offload_optimizer=cpu", "zero.offload_ratio=1")["zero_optimization"]
+    assert place["offload_optimizer"]["device"] == "cpu"
+    assert place["offload_optimizer"]["pin_memory"] is True
+    assert ("ratio" in place["offload_optimizer"]) is (stage == "z3")
+
+
+def test_memory_is_pinned_only_for_gpus() -> None:
+    words = ("zero=z3", "zero.offload_optimizer=cpu", "zero.offload_params=cpu")
+    keys = emitted(*words, device="cpu")["zero_optimization"]
+    assert keys["offload_optimizer"]["pin_memory"] is keys["offload_param"]["pin_memory"] is False
+    assert emitted(*words, "zero.pin_memory=false")["zero_optimization"]["offload_param"]["pin_memory"] is False
+
+
+def test_nvme_names_its_folder() -> None:
+    words = ("zero=z3", "zero.offload_optimizer=nvme", "zero.offload_params=nvme", "zero.nvme_path=/disk")
+    keys = emitted(*words)["zero_optimization"]
+    assert [keys[name]["nvme_path"] for name in ("offload_optimizer", "offload_param")] == ["/disk", "/disk"]
+
+
+def test_only_adamw_must_be_deepspeeds_own() -> None:
+    forced = [emitted("zero.offload_optimizer=cpu", f"optim={name}") for name in ("adamw", "sgd", "lion")]
+    assert [config["zero_force_ds_cpu_optimizer"] for config in forced] == [True, False, False]
+
+
+def test_overlapped_steps() -> None:
+    words = ("zero=z3", "zero.offload_optimizer=cpu", "train.accum_steps=4")
+    fast = emitted(*words, "zero.offload_strategy=superoffload")["zero_optimization"]
+    assert fast["offload_optimizer"]["super_offload"] is True
+    flow = emitted(*words, "zero.offload_strategy=zenflow")
+    assert flow["zero_optimization"]["zenflow"]["update_interval"] == 4
+    assert flow["optimizer"]["type"] == "AdamW"
+
+
+def test_dynamic_and_constant_loss_scale() -> None:
+    dynamic = emitted("precision=fp16", "precision.initial_scale_power=12", "precision.scale_window=7")
+    assert dynamic["fp16"] == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 12,
+        "loss_scale_window": 7,
+        "hysteresis": 1,
+        "min_loss_scale": 1,
+    }
+    assert dynamic["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "bf16" not in dynamic
+    assert emitted("precision=fp16", "precision.loss_scale=256")["fp16"]["loss_scale"] == 256
