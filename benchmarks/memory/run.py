@@ -2,9 +2,9 @@
 
 python -m benchmarks.memory.run OUT_FOLDER --commit HASH [--steps 6] [--places none,cpu] [overrides of engine.train]
 
-By default GPT 6.7B in bf16, ZeRO-2, micro-batch 1, sequence 2048, full recomputation: about 126 GiB on the device, or
-about 40 GiB there and 112 GiB in host memory. Host memory is not page-locked by default: torch rounds each locked block
-up to a power of two, and ZeRO-2's blocks are whole parameter groups. Writes rows.jsonl.
+By default GPT 6.7B in bf16, ZeRO-2, micro-batch 1, sequence 2048, full recomputation: by arithmetic 113 GiB on the
+device, or 39 GiB there and 112 GiB in host memory. Host memory is not page-locked by default: torch rounds each locked
+block up to a power of two, and ZeRO-2's blocks are whole parameter groups. Writes rows.jsonl.
 """
 
 from __future__ import annotations

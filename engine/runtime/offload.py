@@ -91,16 +91,20 @@ def selective_optimizer(cfg: Config) -> dict[str, Any]:
 
 
 def begin_step(optimizer: object) -> None:
-    """Before the first backward pass of a step of a pipeline stage: forget the gradients of the step before.
+    """Before the first backward pass of a step: forget the gradients of the step before.
 
-    With offload DeepSpeed's ZeRO-2 adds each pass to what it keeps in host memory, from the second pass of a step on. A
-    parameter whose first pass of the step is a later one (of another part of the model, or a tied weight's) would find
-    the step before there.
+    DeepSpeed's offloading ZeRO 1 and 2 keep two kinds. After an overflow, the fp32 sum on the device, so that every
+    later step would overflow. And sums in host memory, to which each pass from the second of a step on is added: a
+    parameter whose first pass of the step is a later one (of another part of the model on a pipeline stage, or a tied
+    weight's) would find the step before there.
     """
-    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
-        optimizer._wait_for_offload_copies()
-        for gradient in optimizer.accumulated_grads_in_cpu.values():
-            gradient.zero_()
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not optimizer.cpu_offload:
+        return
+    if optimizer.overflow:
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+    optimizer._wait_for_offload_copies()
+    for gradient in optimizer.accumulated_grads_in_cpu.values():
+        gradient.zero_()
 
 
 def _place(cfg: Config, where: Offload, *, pin: bool) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from engine.runtime import gradients
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
 from engine.runtime.ds_config import clips_itself, deepspeed_config
-from engine.runtime.offload import make_optimizer
+from engine.runtime.offload import begin_step, make_optimizer
+from engine.runtime.shards import attach_pieces
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.zero3 import Partitioner
 
@@ -63,10 +64,12 @@ class ZeroRunner:
             dist_init_required=False,
         )
         gradients.mend_norm(self._ds.optimizer, ctx)
+        attach_pieces(self._ds.optimizer)
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""
         set_learning_rate(self._ds.optimizer, lr)
+        begin_step(self._ds.optimizer)
         self._ds.train()
         total = torch.zeros((), device=self.ctx.device)
         norm: Tensor | None = None

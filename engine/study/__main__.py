@@ -6,9 +6,9 @@ import sys
 
 from engine.config.load import HelpRequested
 from engine.errors import EngineError, LaunchError, nearest
-from engine.study import parity
+from engine.study import parity, timeline
 
-STUDIES = {"parity": parity.main}
+STUDIES = {"parity": parity.main, "timeline": timeline.main}
 
 
 def main(argv: list[str]) -> int:

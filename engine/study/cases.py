@@ -55,7 +55,7 @@ FREE: Domains = {
     "length": ("fixed", "variable"),
     "loss": ("plain", "smoothed"),
 }
-"""Settings whose values are legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
+"""Settings that are legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

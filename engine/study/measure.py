@@ -24,19 +24,18 @@ from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.study.cases import GLOBAL_BATCH
 
-STEPS = 10
 _RULES: dict[str, dict[str, Any]] = {
     "sgd": {"name": OptimizerName.sgd, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
     "adamw": {"name": OptimizerName.adamw, "lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1},
 }
 """Optimizers of the two runs. The rates are large: a weight near 1 that moves little shows the rounding of its storage,
-not an error of the engine. So is AdamW's eps: with a small one, gradients that are zero but for rounding move weights as
-far as real ones do."""
+not an error of the engine. So is AdamW's eps: with a small one, gradients that are zero but for rounding move weights
+as far as real ones do."""
 
 
 @dataclass(slots=True)
 class Run:
-    """Losses and clip norms of `STEPS` steps, and the parameters after them."""
+    """Losses and clip norms of `train.steps` steps, and the parameters after them."""
 
     losses: list[float]
     norms: list[float]
@@ -69,7 +68,7 @@ def measure(
             out.before = gather_to_main(engine.parameters(), engine.ctx)
             engine.on_gradients = partial(_keep_gradients, engine, out.gradients)
         losses, norms = [], []
-        for step in range(STEPS):
+        for step in range(cfg.train.steps):
             result = engine.train_step(batches(engine.ctx, step), optim.lr)
             engine.on_gradients = None
             losses.append(float(result.loss))

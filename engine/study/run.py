@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import tempfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from engine.config.enums import DType
 from engine.config.schema import Config
@@ -50,7 +52,14 @@ def run_cases(
     cases = sorted(cases, key=lambda case: case.grid)
     device_type, dtype = resolve_device_type(base.train.device), base.precision.dtype
     with tempfile.TemporaryDirectory(prefix="octant-parity-") as folder:
-        count = _write_oracles(base, cases, Path(folder), device_type)
+        count = len(_by_model(base, cases))
+        _start(
+            _rank_oracles,
+            _helpers(count, device_type),
+            (base, cases, folder, device_type),
+            device_type,
+            timeout_s * (count + 1),
+        )
         if dtype is not DType.fp32:
             _start(_rank_baselines, 1, (base, cases, folder, device_type), device_type, timeout_s * (count + 1))
         show(f"parity: {len(cases)} cases, {count} references computed")
@@ -123,25 +132,30 @@ def _by_model(base: Config, cases: Sequence[Case]) -> dict[str, Case]:
     return {model_key(base, case): case for case in reversed(cases)}
 
 
-def _write_oracles(base: Config, cases: Sequence[Case], folder: Path, device_type: str) -> int:
-    """The oracle's measurement of each model, on this process's CPU or first GPU, to a file each.
-
-    Files, because each rank would get all of them as arguments, and only one reads them.
-    """
-    set_numerics(torch.device(device_type), None, 1, tf32=False)
-    models = _by_model(base, cases)
-    for key, case in models.items():
-        measured = measure_oracle(oracle_config(base, case), torch.device(device_type))
-        _oracle_file(folder, key).write_bytes(pickle.dumps(measured))
-    return len(models)
-
-
 def _enter(base: Config, device_type: str, world: int) -> torch.device:
     """The device of a rank that has just started."""
     quiet_libraries(base.logging.verbose)
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     set_numerics(device, 1, world, tf32=False)
+    # What was imported is never garbage; collecting is quick without it.
+    gc.freeze()
     return device
+
+
+def _helpers(models: int, device_type: str) -> int:
+    """Processes that compute the oracles side by side: a core each, at most 4."""
+    return 1 if device_type == "cuda" else min(models, os.cpu_count() or 1, 4)
+
+
+def _rank_oracles(base: Config, cases: Sequence[Case], folder: str, device_type: str) -> list[Comparison]:
+    """The oracle's measurement of each model, shared out over the processes, to a file each.
+
+    Files, because each rank would get all of them as arguments, and only one reads them.
+    """
+    device, rank, helpers = _enter(base, device_type, 1), dist.get_rank(), dist.get_world_size()
+    for key, case in list(_by_model(base, cases).items())[rank::helpers]:
+        _oracle_file(folder, key).write_bytes(pickle.dumps(measure_oracle(oracle_config(base, case), device)))
+    return []
 
 
 def _rank_baselines(base: Config, cases: Sequence[Case], folder: str, device_type: str) -> list[Comparison]:
@@ -171,7 +185,6 @@ def _rank_cases(
             before_case()
         measured = measure_ranks(configure(base, case), ctx)
         found.append(_compare(base, case, measured, folder) if ctx.is_main else Comparison())
-        gc.collect()
     return found
 
 

@@ -199,7 +199,9 @@ def _bert(cfg: ModelConfig, ours: Mapping[str, Tensor]) -> Tensors:
             theirs[f"{name}.{kind}"] = ours[f"{own}.{kind}"]
         for i in range(cfg.num_layers):
             layer = f"bert.encoder.layer.{i}"
-            for name, value in zip(("query", "key", "value"), ours[f"block.{i}.attention.qkv.{kind}"].chunk(3), strict=True):
+            for name, value in zip(
+                ("query", "key", "value"), ours[f"block.{i}.attention.qkv.{kind}"].chunk(3), strict=True
+            ):
                 theirs[f"{layer}.attention.self.{name}.{kind}"] = value
             for name, own in parts.items():
                 theirs[f"{layer}.{name}.{kind}"] = ours[f"block.{i}.{own}.{kind}"]

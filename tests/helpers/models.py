@@ -141,6 +141,7 @@ def loss_and_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of `batch` as a whole step, and this rank's slice of each gradient by logical name."""
     ctx = ctx or ParallelContext.single()
-    loss = build_loss(config_of(model, **changes), ctx)(stack(None, feed := feed_of(model, batch, ctx, **changes)), feed)
+    feed = feed_of(model, batch, ctx, **changes)
+    loss = build_loss(config_of(model, **changes), ctx)(stack(None, feed), feed)
     loss.backward()
     return loss.detach(), {logical_of(p).name: p.grad for p in stack.parameters() if p.grad is not None}

@@ -110,6 +110,7 @@ def test_host_steps_of_a_pipeline_with_a_tied_weight() -> None:
 
 def test_host_zero2_of_a_pipeline_forgets_the_step_before() -> None:
     words = ("parallel.pp=2", "parallel.dp=2", "zero=z2", "model.num_layers=4", "parallel.schedule=dualpipev")
+    words = (*words, "train.accum_steps=4")
     plain, host = run_ranks(curves, 4, ([words, (*words, HOST)], 4, 4), timeout_s=180)[0]
     require_equal(host, plain, words)
 
@@ -144,7 +145,7 @@ def overflowed(cases: list[tuple[str, ...]], world: int) -> list[tuple[float, bo
 def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
     tp2 = ("parallel.dp=1", "parallel.tp=2")
     cases = [(*tp2, "zero=z1"), (*tp2, "zero=z2"), (*tp2, "zero=z3"), (*tp2, "zero=z1", HOST)]
-    cases.append(("parallel.pp=2", "parallel.dp=1", "zero=z1"))
+    cases += [("parallel.pp=2", "parallel.dp=1", stage, HOST) for stage in ("zero=z1", "zero=z2")]
     exact = run_ranks(curves, 1, ([("parallel.dp=1",)], 2, 1), timeout_s=60)[0][0]
     for rank in run_ranks(overflowed, 2, (cases, 2), timeout_s=180):
         for words, (norm, stayed, next_norm, next_stayed) in zip(cases, rank, strict=True):

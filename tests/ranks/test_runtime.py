@@ -13,14 +13,17 @@ from torch import Tensor
 
 from engine.checkpoint.gather import gather_to_main
 from engine.checkpoint.weights import INDEX, save_weights, weights_reader
+from engine.config.derived import sequence_multiple
 from engine.config.load import load
 from engine.config.schema import Config
-from engine.data import open_data
+from engine.data import Split, open_data
 from engine.dist.context import ParallelContext
 from engine.errors import CheckpointError
-from engine.model import gpt
+from engine.model.batch import Batch
+from engine.model.feed import Feed
 from engine.model.layers import logical_tensors, random_weights
-from engine.protocols import Batch, Engine
+from engine.model.loss import NextTokenLoss
+from engine.protocols import Engine
 from engine.topology.grid import Grid
 from engine.train.session import build_engine
 from tests.helpers.models import layers_of
@@ -39,14 +42,20 @@ def config(*words: str) -> Config:
 def start(cfg: Config, world: int) -> tuple[Engine, Callable[[int], Iterator[Batch]]]:
     """This rank's engine, and the micro-batches of a step for it."""
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), torch.device("cpu"))
-    split, train = open_data(cfg.data).train, cfg.train
+    split = open_data(cfg.data, cfg.model).train
+    return build_engine(cfg, ctx), lambda step: batches_of(split, step, cfg, ctx)
 
-    def batches(step: int) -> Iterator[Batch]:
-        yield from split.micro_batches(
-            step, dp_rank=ctx.dp.rank, dp=ctx.dp.size, micro_batch=train.micro_batch, accum_steps=train.accum_steps
-        )
 
-    return build_engine(cfg, ctx), batches
+def batches_of(split: Split, index: int, cfg: Config, ctx: ParallelContext) -> Iterator[Batch]:
+    """This replica's micro-batches of a global batch."""
+    return split.micro_batches(
+        index,
+        dp_rank=ctx.dp.rank,
+        dp=ctx.dp.size,
+        micro_batch=cfg.train.micro_batch,
+        accum_steps=cfg.train.accum_steps,
+        multiple=sequence_multiple(cfg.parallel),
+    )
 
 
 def curves(cases: list[tuple[str, ...]], world: int) -> list[list[tuple[float, float]]]:
@@ -82,12 +91,12 @@ def test_bf16_layouts_follow_one_rank_in_fp32() -> None:
 
 def poisoned(words: tuple[str, ...], world: int) -> tuple[float, bool]:
     """The norm of a step whose loss is infinite, and whether the weights stayed."""
-    forward = gpt.NextTokenLoss.forward
+    forward = NextTokenLoss.forward
 
-    def infinite(self: gpt.NextTokenLoss, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        return forward(self, logits_BSV, labels_BS) * float("inf")
+    def infinite(self: NextTokenLoss, logits_BSV: Tensor, feed: Feed) -> Tensor:
+        return forward(self, logits_BSV, feed) * float("inf")
 
-    gpt.NextTokenLoss.forward = infinite  # type: ignore[method-assign]
+    NextTokenLoss.forward = infinite  # type: ignore[method-assign]
     engine, batches = start(config(*words), world)
     before = gather_to_main(engine.parameters(), engine.ctx)
     norm = float(engine.train_step(batches(0), 0.5).grad_norm)

@@ -70,8 +70,9 @@ def test_the_first_position_is_left_as_it_is_and_the_dtype_kept() -> None:
 def test_norms_are_their_formulas() -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)) * 4 + 2
     weight, bias = torch.linspace(-1, 2, 16), torch.linspace(3, 0, 16)
-    layer, rms = LayerNorm(16, eps=0.1, bias=True, tp=SINGLE, sequence=False), RMSNorm(
-        16, eps=0.1, tp=SINGLE, sequence=False
+    layer, rms = (
+        LayerNorm(16, eps=0.1, bias=True, tp=SINGLE, sequence=False),
+        RMSNorm(16, eps=0.1, tp=SINGLE, sequence=False),
     )
     assert layer.bias is not None
     with torch.no_grad():

@@ -69,7 +69,8 @@ def test_more_ranks_than_gpus_are_refused(
         local.world_size(config(Device.auto, pp, tp, dp))
     assert str(caught.value) == (
         f"1. [OCT513] parallel.pp*parallel.context*parallel.tp*parallel.dp={wanted}: this machine shows 4 GPUs and "
-        "each rank needs its own. Use degrees whose product is at most 4, start on more machines with torchrun, or train.device=cpu"
+        "each rank needs its own. Use degrees whose product is at most 4, start on more machines with torchrun, or "
+        "train.device=cpu"
     )
 
 
