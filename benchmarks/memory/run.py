@@ -14,15 +14,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.memory.expected import expected_bytes
 from benchmarks.rows import append, row
 from engine.config.load import config_hash, load
 from engine.config.schema import Config
+from engine.plan.memory import memory as expected_memory
 
 WARMUP = 2
 """Steps left out of the times: allocator, autotuning, the first touch of host memory."""
@@ -81,7 +82,8 @@ def _run(words: list[str], out: Path) -> dict[str, Any]:
 
 def _rows(cfg: Config, words: list[str], found: dict[str, Any], hardware: str, commit: str) -> list[dict[str, Any]]:
     """A row of step times and one of peak memory; of memory alone when the device ran out of it."""
-    expected = {name: value / _GIB for name, value in expected_bytes(cfg).items()}
+    arithmetic = expected_memory(cfg, 1, 0)
+    expected = {name: value / _GIB for name, value in asdict(arithmetic).items()} | {"device": arithmetic.total / _GIB}
     facts: dict[str, Any] = {
         "case": f"{cfg.model.name} seq {cfg.data.seq_len} micro {cfg.train.micro_batch} zero {cfg.zero.stage}",
         "system": f"octant, optimizer offload {cfg.zero.offload_optimizer}",

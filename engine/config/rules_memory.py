@@ -1,4 +1,4 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 356)."""
 
 from __future__ import annotations
 
@@ -168,5 +168,13 @@ def _strategy(cfg: Config) -> list[_Row]:
             strategy,
             "it overlaps the host's step with a GPU's work, and train.device is cpu",
             f"Use train.device=cuda, or {plain}",
+        ),
+        (
+            strategy is OffloadStrategy.zenflow and cfg.parallel.pp > 1,
+            356,
+            option,
+            strategy,
+            f"it counts micro-batches by itself, which a pipeline of parallel.pp={cfg.parallel.pp} runs in another order",
+            f"Use parallel.pp=1, or {plain}",
         ),
     ]

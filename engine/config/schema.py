@@ -109,9 +109,7 @@ class ZeroConfig:
     """ZeRO (arXiv 1910.02054): what the data-parallel replicas shard among them."""
 
     stage: int = 1
-    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Pipelines allow 0 to 2.
-
-    Stage 3 cuts a model that was first built whole on every rank, so host and device must hold it once in fp32."""
+    """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Pipelines allow 0 to 2."""
     bucket_elements: int = 200_000_000
     """Elements in one collective of the ZeRO optimizers. In bf16 with fp32 accumulation at stage 1 DeepSpeed reduces in
     buckets of its own, and only the gathering of weights follows this."""

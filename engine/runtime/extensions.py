@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config.enums import Offload, OptimizerName
+from engine.config.enums import Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
 
@@ -42,10 +42,22 @@ def require(cfg: Config) -> None:
     """Refuse offload that cannot run here, before any rank has built a model.
 
     Raises:
-        ConfigError: 701 DeepSpeed's step in host memory is neither built nor can it be; 702 NVMe without libaio.
+        ConfigError: 701 DeepSpeed's step in host memory is neither built nor can it be; 702 NVMe without libaio; 349 a
+            strategy that overlaps with a GPU, without one.
     """
     export()
     found = []
+    strategy = cfg.zero.offload_strategy
+    if strategy is not OffloadStrategy.plain and not torch.cuda.is_available():
+        found.append(
+            Violation(
+                code=349,
+                option="zero.offload_strategy",
+                value=strategy,
+                rule="it overlaps the host's step with a GPU's work, and no CUDA device is visible",
+                way_out="Start where a GPU is, or use zero.offload_strategy=plain",
+            )
+        )
     steps_there = cfg.zero.offload_optimizer is not Offload.none and cfg.optim.name is OptimizerName.adamw
     if steps_there and not usable(_ADAM):
         found.append(

@@ -186,3 +186,12 @@ def test_one_broken_rule(changes: dict[str, Any], code: int, head: str, rule: st
 )
 def test_just_inside_a_rule_is_legal(changes: dict[str, Any]) -> None:
     assert check(make(**changes), 1) == []
+
+
+def test_zenflow_counts_micro_batches_by_itself_and_takes_no_pipeline() -> None:
+    changes = {"zero__offload_strategy": ZENFLOW, "zero__offload_optimizer": CPU, "zero__stage": 1}
+    (violation,) = check(make(**changes, parallel__pp=2, train__accum_steps=4), 2)
+    said = str(violation)
+    assert "[OCT356] zero.offload_strategy=zenflow" in said
+    assert "which a pipeline of parallel.pp=2 runs in another order" in said
+    assert "Use parallel.pp=1, or zero.offload_strategy=plain" in said

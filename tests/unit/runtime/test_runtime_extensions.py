@@ -42,6 +42,15 @@ def test_what_needs_no_extension_runs_anywhere(bare: Path, words: tuple[str, ...
     extensions.require(config(*words))
 
 
+def test_a_strategy_for_gpus_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extensions.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        extensions.require(config("optim=sgd", "zero.offload_strategy=superoffload"))
+    said = str(caught.value)
+    assert "[OCT349] zero.offload_strategy=superoffload: it overlaps the host's step with a GPU's work" in said
+    assert "use zero.offload_strategy=plain" in said
+
+
 def test_nvme_without_libaio_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extensions.ctypes.util, "find_library", lambda name: None)
     with pytest.raises(ConfigError) as caught:

@@ -1,31 +1,39 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from itertools import combinations
 from typing import Any
 
 import pytest
 
-from engine.config import (
+from engine.config import Config, DataConfig, OptimConfig, RunConfig, TrainingConfig, rules
+from engine.config.enums import (
     Activation,
-    Config,
-    DataConfig,
+    Attention,
     DType,
+    Family,
     Norm,
-    OptimConfig,
-    OptimizerName,
+    PipelineSchedule,
     Positions,
-    RunConfig,
+    Recompute,
     ScheduleName,
+    SentenceHead,
     Switch,
-    TrainingConfig,
     WandbMode,
-    rules,
 )
-from engine.study.cases import GLOBAL_BATCH, SGD_LR, Case, configure, covering_subset, enumerate_cases, with_flavour
+from engine.study.cases import (
+    FREE,
+    GLOBAL_BATCH,
+    LAYOUT,
+    LOSS_SCALE,
+    Case,
+    configure,
+    is_legal,
+    model_key,
+    oracle_config,
+    with_flavour,
+)
+from engine.study.covering import Space
 from tests.helpers.models import preset
-
-FIELDS = ("world", "pp", "tp", "zero", "accum", "flavour", "tied")
 
 
 def base(**model: Any) -> Config:
@@ -33,7 +41,7 @@ def base(**model: Any) -> Config:
         model=deepcopy(preset("gpt_tiny")),
         data=DataConfig(source="random", seq_len=16, vocab_size=2000),
         optim=OptimConfig(lr=1e-3),
-        train=TrainingConfig(steps=5, micro_batch=2),
+        train=TrainingConfig(steps=10, micro_batch=2),
         run=RunConfig(name="parity"),
     )
     for name, value in model.items():
@@ -41,116 +49,136 @@ def base(**model: Any) -> Config:
     return cfg
 
 
-def cases(cfg: Config | None = None, **asked: Any) -> list[Case]:
-    everything: dict[str, Any] = {
-        "worlds": [4],
-        "pp": [1, 2, 4],
-        "tp": [1, 2, 4],
-        "zero": [0, 1, 2, 3],
-        "accum": [1, 4],
-        "flavours": ["gpt2", "llama"],
-        "tied": [True, False],
-    }
-    return list(enumerate_cases(cfg or base(), **{**everything, **asked}))
-
-
-def layouts(found: list[Case]) -> set[tuple[int, int, int]]:
-    return {(case.pp, case.dp, case.tp) for case in found}
+def layouts(cfg: Config, **asked: Any) -> set[tuple[int, int, int, int]]:
+    one = {name: values[:1] for name, values in {**LAYOUT, **FREE}.items()}
+    degrees = {name: LAYOUT[name] for name in ("pp", "tp", "context", "flavour")}
+    space = Space(cfg, {**one, **degrees, "world": (4,), **asked})
+    cases = [space.case(number) for number in range(len(space))]
+    return {(case.pp, case.dp, case.context, case.tp) for case in cases}
 
 
 def test_four_ranks_by_hand() -> None:
-    found = cases()
-    assert layouts(found) == {(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2), (4, 1, 1)}
-    # Three layouts without a pipeline take four ZeRO stages, three with one take two; each with 2 accumulations,
-    # 2 flavours, tied or not.
-    assert len(found) == (3 * 4 + 3 * 2) * 2 * 2 * 2
-    assert len(set(found)) == len(found)
-
-
-@pytest.mark.parametrize("world", [1, 2, 8])
-def test_every_case_is_legal(world: int) -> None:
-    found = cases(worlds=[world])
-    assert found
-    for case in found:
-        cfg = configure(base(), case)
-        assert rules.check(cfg, world) == []
-        assert case.pp * case.dp * case.tp == world
-        assert cfg.train.micro_batch * cfg.train.accum_steps * case.dp == GLOBAL_BATCH
+    flat = {(1, 4, 1, 1), (1, 2, 1, 2), (1, 1, 1, 4), (2, 2, 1, 1), (2, 1, 1, 2), (4, 1, 1, 1)}
+    with_context = {(1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 2, 1), (1, 1, 4, 1)}
+    assert layouts(base()) == flat | with_context
 
 
 @pytest.mark.parametrize(
     ("model", "absent"),
     [
-        ({"num_heads": 6, "hidden_size": 96}, {(1, 1, 4)}),
-        ({"num_kv_heads": 2}, {(1, 1, 4)}),
-        ({"num_layers": 2}, {(4, 1, 1)}),
+        ({"num_heads": 6, "hidden_size": 96}, {(1, 1, 1, 4), (1, 1, 4, 1)}),
+        ({"num_kv_heads": 2}, {(1, 1, 1, 4)}),
+        ({"num_layers": 2}, {(4, 1, 1, 1)}),
     ],
     ids=str,
 )
 def test_what_the_model_cannot_be_cut_into_is_left_out(
-    model: dict[str, int], absent: set[tuple[int, int, int]]
+    model: dict[str, int], absent: set[tuple[int, int, int, int]]
 ) -> None:
-    assert layouts(cases()) - layouts(cases(base(**model))) == absent
+    assert layouts(base()) - layouts(base(**model)) == absent
 
 
-def test_pipelines_take_no_zero_2_and_3() -> None:
-    assert {case.zero for case in cases(pp=[2, 4])} == {0, 1}
-    assert cases(pp=[2], zero=[2, 3]) == []
+def test_pipelines_take_no_zero_3() -> None:
+    for stage in (0, 1, 2, 3):
+        assert is_legal(base(), Case(world=2, pp=2, zero=stage)) is (stage < 3)
 
 
-def test_the_global_batch_must_come_out_even() -> None:
+def test_the_global_batch_comes_out_even() -> None:
     # 8 replicas of 8 micro-batches would need half a sample each.
-    assert {case.accum for case in cases(worlds=[8], pp=[1], tp=[1], accum=[4, 8])} == {4}
-    assert cases(worlds=[3], pp=[1], tp=[1]) == []
+    assert is_legal(base(), Case(world=8, accum=4))
+    assert not is_legal(base(), Case(world=8, accum=8))
 
 
-@pytest.mark.parametrize("worlds", [[4], [1, 2, 4, 8]])
-def test_a_covering_subset_meets_every_pair_of_values(worlds: list[int]) -> None:
-    def pairs(found: list[Case]) -> set[tuple[tuple[str, Any], ...]]:
-        return {pair for case in found for pair in combinations([(f, getattr(case, f)) for f in FIELDS], 2)}
-
-    everything = cases(worlds=worlds)
-    chosen = covering_subset(everything)
-    assert set(chosen) <= set(everything)
-    assert pairs(chosen) == pairs(everything)
-    assert len(chosen) < len(everything) / 4
-    order = [(case.world, case.pp, case.tp) for case in chosen]
-    assert order == sorted(order), "cases of one grid share their ranks, so they come together"
-
-
-def test_a_subset_of_nothing_and_of_one() -> None:
-    one = cases()[:1]
-    assert covering_subset([]) == []
-    assert covering_subset(one) == one
+def test_sequence_parallelism_of_one_rank_is_no_case_of_its_own() -> None:
+    assert is_legal(base(), Case(world=2, tp=2, sequence=True))
+    assert not is_legal(base(), Case(world=2, sequence=True))
 
 
 def test_a_case_says_what_it_is() -> None:
-    case = Case(world=8, pp=2, tp=2, zero=1, accum=4, flavour="llama", tied=False)
-    assert str(case) == "pp2 dp2 tp2 zero1 accum4 llama-untied"
-    assert case.model_key == "llama-untied"
+    case = Case(
+        world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4, offload="cpu",
+        flavour="llama", recompute="full2", tied=False, dropout=0.1, length="variable", loss="smoothed",
+    )  # fmt: skip
+    assert str(case) == (
+        "pp2 interleaved dp1 cp2 tp2+sequence zero2+offload accum4 recompute-full2 llama untied dropout0.1 variable "
+        "smoothed"
+    )
+    assert model_key(base(), case) == "llama-untied-dropout0.1-variable-smoothed-4blocks"
+    assert str(Case(world=2)) == "pp1 dp2 tp1 zero1 accum1 gpt2 tied"
 
 
 def test_flavours_keep_the_sizes() -> None:
-    cfg = base(num_kv_heads=4, ffn_size=352)
-    gpt2, llama = with_flavour(cfg, "gpt2", True).model, with_flavour(cfg, "llama", False).model
+    cfg = base(ffn_size=352)
+    gpt2, llama, bert = (with_flavour(cfg, name, name == "gpt2").model for name in ("gpt2", "llama", "bert"))
     assert (gpt2.positions, gpt2.norm, gpt2.activation) == (Positions.learned, Norm.layernorm, Activation.gelu_tanh)
     assert (llama.positions, llama.norm, llama.activation) == (Positions.rotary, Norm.rmsnorm, Activation.swiglu)
     assert (gpt2.bias, llama.bias, gpt2.tied_head, llama.tied_head) == (True, False, True, False)
-    for model in (gpt2, llama):
-        assert (model.num_layers, model.hidden_size, model.num_kv_heads, model.ffn_size) == (4, 128, 4, 352)
-    assert cfg.model == base(num_kv_heads=4, ffn_size=352).model, "the given config is left alone"
+    assert (gpt2.num_kv_heads, llama.num_kv_heads, bert.num_kv_heads) == (None, 4, None)
+    for model in (gpt2, llama, bert):
+        assert (model.num_layers, model.hidden_size, model.num_heads, model.ffn_size) == (4, 128, 8, 352)
+    assert cfg == base(ffn_size=352), "the given config is left alone"
 
 
-def test_a_case_is_compared_in_fp32_with_plain_sgd_and_without_chance() -> None:
+def test_bert_is_that_of_the_preset_whatever_the_base() -> None:
+    want, got = preset("bert_tiny"), with_flavour(base(), "bert", True).model
+    want.name = got.name
+    assert got == want
+    back = with_flavour(with_flavour(base(), "bert", True), "gpt2", True).model
+    assert (back.family, back.sentence_head, back.token_types) == (Family.gpt, SentenceHead.none, 0)
+    assert back == base().model
+
+
+@pytest.mark.parametrize(
+    ("case", "layers"),
+    [
+        (Case(world=4, pp=4, accum=4), 4),
+        (Case(world=4, pp=4, accum=4, schedule="interleaved"), 8),
+        (Case(world=4, pp=4, accum=8, schedule="dualpipev"), 8),
+        (Case(world=2, pp=2, accum=4, schedule="interleaved"), 4),
+    ],
+    ids=str,
+)
+def test_the_model_is_as_deep_as_the_schedule_needs_on_both_sides(case: Case, layers: int) -> None:
+    assert configure(base(), case).model.num_layers == layers
+    assert oracle_config(base(), case).model.num_layers == layers
+
+
+def test_a_case_sets_what_it_names() -> None:
+    case = Case(
+        world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4,
+        recompute="full2", dropout=0.1, length="variable", loss="smoothed",
+    )  # fmt: skip
+    cfg = configure(base(), case)
+    parallel, train = cfg.parallel, cfg.train
+    assert (parallel.pp, parallel.tp, parallel.dp, parallel.context, parallel.sequence) == (2, 2, 1, 2, True)
+    assert (parallel.schedule, parallel.virtual_stages) == (PipelineSchedule.interleaved, 2)
+    assert (cfg.zero.stage, train.accum_steps, train.micro_batch) == (2, 4, GLOBAL_BATCH // 4)
+    assert (train.recompute, train.recompute_interval) == (Recompute.full, 2)
+    assert (train.label_smoothing, train.z_loss, cfg.data.variable_length) == (0.1, 1e-3, True)
+    assert (cfg.model.dropout, cfg.model.attention_dropout) == (0.1, 0.1)
+    assert cfg.kernels.attention is Attention.reference, "only its masks are the same in every layout"
+    assert rules.check(cfg, 8) == []
+
+
+def test_a_case_is_without_what_it_does_not_name() -> None:
     asked = base(dropout=0.1, attention_dropout=0.1)
-    asked.precision.dtype, asked.precision.tf32 = DType.bf16, True
+    asked.precision.tf32 = True
     asked.kernels.compile, asked.logging.wandb = Switch.on, WandbMode.online
-    cfg = configure(asked, Case(world=8, pp=2, tp=2, zero=1, accum=4, flavour="gpt2", tied=True))
-    assert (cfg.parallel.pp, cfg.parallel.tp, cfg.parallel.dp, cfg.zero.stage) == (2, 2, 2, 1)
-    assert (cfg.train.accum_steps, cfg.train.micro_batch) == (4, 4)
-    assert (cfg.model.dropout, cfg.model.attention_dropout) == (0.0, 0.0)
-    assert (cfg.precision.dtype, cfg.precision.tf32) == (DType.fp32, False)
-    assert (cfg.optim.name, cfg.optim.lr, cfg.optim.momentum) == (OptimizerName.sgd, SGD_LR, 0.0)
-    assert (cfg.optim.schedule, cfg.optim.warmup_steps, cfg.optim.weight_decay) == (ScheduleName.constant, 0, 0.0)
+    asked.train.recompute, asked.data.variable_length = Recompute.full, True
+    cfg = configure(asked, Case(world=8, pp=2, tp=2, accum=4))
+    assert (cfg.model.dropout, cfg.model.attention_dropout, cfg.kernels.attention) == (0.0, 0.0, Attention.auto)
+    assert (cfg.train.recompute, cfg.data.variable_length, cfg.precision.tf32) == (Recompute.none, False, False)
+    assert (cfg.optim.schedule, cfg.optim.warmup_steps) == (ScheduleName.constant, 0)
     assert (cfg.kernels.compile, cfg.logging.wandb) == (Switch.off, WandbMode.disabled)
     assert cfg.optim.clip_norm > 0, "clipping is part of what is compared"
+
+
+def test_the_oracle_is_in_fp32_whatever_the_case_is_in() -> None:
+    asked = base()
+    asked.precision.dtype = DType.fp16
+    case = Case(world=2, pp=2, zero=2, recompute="full", dropout=0.1)
+    cfg, oracle = configure(asked, case), oracle_config(asked, case)
+    assert (cfg.precision.dtype, cfg.precision.loss_scale) == (DType.fp16, LOSS_SCALE)
+    assert (oracle.precision.dtype, oracle.precision.loss_scale) == (DType.fp32, None)
+    assert (oracle.parallel.pp, oracle.zero.stage, oracle.train.recompute) == (1, 0, Recompute.none)
+    assert oracle.model == cfg.model

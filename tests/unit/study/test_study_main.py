@@ -13,9 +13,12 @@ import torch
 from engine.study import __main__ as study
 from engine.study import parity
 from engine.study.cases import Case
-from engine.study.measure import Comparison
+from engine.study.compare import Comparison
+from engine.study.run import judge
 
-SMALL = ["--worlds", "2", "--pp", "1,2", "--tp", "1", "--zero", "0,1", "--accum", "4", "--flavours", "gpt2"]
+ONE = {"--tp": "1", "--context": "1", "--schedules": "one_f_one_b", "--accum": "4", "--offload": "none"}
+ONE |= {"--flavours": "gpt2", "--recompute": "none", "--dropout": "0.0", "--length": "fixed", "--loss": "plain"}
+SMALL = ["--worlds", "2", "--pp", "1,2", "--zero", "0,1", *(word for pair in ONE.items() for word in pair)]
 
 
 def test_without_a_study_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,9 +56,23 @@ def test_more_ranks_than_gpus_are_left_out_with_a_word(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parity._possible([1, 2, 4, 8], "cuda") == [1, 2]
+    domains = {"world": [1, 2, 4, 8], "offload": ["none"]}
+    parity._leave_out(domains, "cuda")
+    assert domains["world"] == [1, 2]
     assert "2 GPUs here, so no layouts of [4, 8] ranks" in capsys.readouterr().out
-    assert parity._possible([1, 8], "cpu") == [1, 8]
+    domains = {"world": [1, 8], "offload": ["none"]}
+    parity._leave_out(domains, "cpu")
+    assert domains["world"] == [1, 8]
+
+
+def test_offload_without_a_compiler_is_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity.extensions, "usable", lambda name: False)
+    domains = {"world": [1], "offload": ["none", "cpu"]}
+    parity._leave_out(domains, "cpu")
+    assert domains["offload"] == ["none"]
+    assert "so no offload; 'make setup' builds it" in capsys.readouterr().out
 
 
 def test_a_wrong_override_is_refused_as_in_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,9 +82,9 @@ def test_a_wrong_override_is_refused_as_in_training(capsys: pytest.CaptureFixtur
 
 def test_an_unknown_flavour_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        study.main(["parity", "--flavours", "gpt2,bert"])
+        study.main(["parity", "--flavours", "gpt2,t5"])
     assert caught.value.code == 2
-    assert "unknown ['bert'], known: gpt2, llama" in capsys.readouterr().err
+    assert "unknown ['t5'], known: gpt2, llama, bert" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -79,8 +96,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         seen.extend(cases)
         found = [Comparison() for _ in cases]
         if base.run.name == "WRONG":
-            found[-1] = Comparison(gradient=0.5, gradient_at="head.weight")
-        yield [parity._judge(case, comparison) for case, comparison in zip(cases, found, strict=True)]
+            found[-1] = Comparison({"gradient": 0.5}, {"gradient": "head.weight"})
+        yield [judge(case, comparison) for case, comparison in zip(cases, found, strict=True)]
 
     monkeypatch.setattr(parity, "run_cases", run_cases)
     monkeypatch.setattr(parity, "prepare", lambda data, show: None)
@@ -97,7 +114,7 @@ def test_agreement_is_exit_code_0_and_a_report(
         (pp, 2 // pp, zero, tied) for pp in (1, 2) for zero in (0, 1) for tied in (True, False)
     }
     report = json.loads(path.read_text())
-    assert report["limits"] == {"gradient": 1e-5, "loss": 1e-6, "norm": 1e-6, "parameters": 1e-4}
+    assert report["limits"] == {"gradient": 1e-5, "loss": 1e-6, "norm": 1e-6, "sgd": 1e-4, "adamw": 1e-4}
     assert [row["failed"] for row in report["cases"]] == [[]] * 8
     assert "parity holds in all 8 cases" in capsys.readouterr().out
 
@@ -108,3 +125,20 @@ def test_a_miss_is_exit_code_1_and_named(asked: list[Case], tmp_path: Path, caps
     text = capsys.readouterr().out
     assert f"parity FAILED in 1 of {len(asked)} cases" in text
     assert f"{asked[-1]}: gradient of head.weight: 5.00e-01 > 1e-05" in text
+
+
+def test_the_cases_are_listed_and_none_is_run(asked: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["parity", *SMALL, "--cases", "3", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "parity of 3 of 8 legal cases in fp32" in lines[0]
+    assert len(lines) == 5
+    assert all(line.startswith("pp") for line in lines[2:])
+    assert asked == []
+
+
+def test_a_dtype_is_asked_for_by_option(asked: list[Case], tmp_path: Path) -> None:
+    path = tmp_path / "parity.json"
+    assert study.main(["parity", *SMALL, "--dtype", "bf16", "--json", str(path)]) == 0
+    assert {case.zero for case in asked} == {1}, "the rules allow no 16 bits without ZeRO"
+    report = json.loads(path.read_text())
+    assert (report["dtype"], report["limits"]["gradient"]) == ("bf16", 2.0)
