@@ -174,7 +174,7 @@ def _strategy(cfg: Config) -> list[_Row]:
             356,
             option,
             strategy,
-            f"it counts micro-batches by itself, which a pipeline of parallel.pp={cfg.parallel.pp} runs in another order",
+            f"it counts micro-batches itself, which a pipeline of parallel.pp={cfg.parallel.pp} runs in another order",
             f"Use parallel.pp=1, or {plain}",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Point-to-point messages between the stages of a pipeline: sends that do not wait, receives that are posted early."""
+"""Point-to-point messages between the stages of a pipeline. Sends do not wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.dist.context import ParallelContext
 from engine.topology.program import Op, OpKind, Program
 
-_SENDS = {OpKind.send_activation: OpKind.recv_activation, OpKind.send_grad: OpKind.recv_grad}
+_SENDS = (OpKind.send_activation, OpKind.send_grad)
 
 
 @dataclass(slots=True)
@@ -32,6 +32,10 @@ class Channels:
 
     NCCL runs the messages between two ranks of a communicator one after the other, so two stages that both send before
     they receive would wait for each other: here each channel has a communicator of its own. gloo needs only tags.
+
+    A message in flight on a GPU is a kernel that runs until the other side has come, and the start of a communicator
+    waits for it. So all communicators are started here; `engine.topology.rendezvous` says when receives are posted.
+
     Collective: all ranks make theirs together.
     """
 
@@ -39,15 +43,21 @@ class Channels:
         self._ctx, self._program = ctx, program
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._groups: dict[tuple[OpKind, bool], dist.ProcessGroup | None] = {}
-        for kind in _SENDS:
-            for upward in (True, False):
-                used = any(
-                    op.kind is kind and (program.peer(op) > stage) is upward
-                    for stage, ops in enumerate(program.ops)
-                    for op in ops
-                )
-                if used:
-                    self._groups[kind, upward] = self._group()
+        pairs = sorted(
+            {
+                (op.kind, program.peer(op) > stage, stage, program.peer(op))
+                for stage, ops in enumerate(program.ops)
+                for op in ops
+                if op.kind in _SENDS
+            }
+        )
+        for kind, upward, _, _ in pairs:
+            if (kind, upward) not in self._groups:
+                self._groups[kind, upward] = self._group()
+        if ctx.device.type == "cuda":
+            for kind, upward, source, destination in pairs:
+                self._connect(self._groups[kind, upward], source, destination)
+            torch.cuda.synchronize(ctx.device)
 
     def _group(self) -> dist.ProcessGroup | None:
         if self._ctx.device.type != "cuda":
@@ -58,6 +68,14 @@ class Channels:
             if self._ctx.rank in ranks:
                 mine = group
         return mine
+
+    def _connect(self, group: dist.ProcessGroup | None, source: int, destination: int) -> None:
+        """Start the communicator of a channel with a message that nobody reads."""
+        message = torch.zeros(1, device=self._ctx.device)
+        if self._ctx.pp.rank == source:
+            dist.send(message, self._ctx.pp.ranks[destination], group=group)
+        elif self._ctx.pp.rank == destination:
+            dist.recv(message, self._ctx.pp.ranks[source], group=group)
 
     def send(self, op: Op, tensor: Tensor) -> None:
         """Send what `op` names. Keeps the tensor until it has gone."""

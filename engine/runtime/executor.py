@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from engine.dist.context import ParallelContext
 from engine.model.feed import Feed
 from engine.runtime.channels import Channels, Incoming
-from engine.topology.program import COMPUTE, Op, OpKind, Program
+from engine.topology.program import Op, OpKind, Program
+from engine.topology.rendezvous import early_receives
 from engine.topology.timeline import Event
 
 Place = tuple[int, int]
@@ -38,6 +39,7 @@ class Executor:
     def __init__(self, program: Program, model: StageModel, ctx: ParallelContext, channels: Channels) -> None:
         self._program, self._model, self._ctx, self._channels = program, model, ctx, channels
         self._ops = program.ops[ctx.pp.rank]
+        self._early = early_receives(program)[ctx.pp.rank]
         self._last = program.chunks - 1
         self.trace: list[Event] | None = None
 
@@ -48,11 +50,12 @@ class Executor:
         self._outputs: dict[Place, Tensor] = {}
         self._grads: dict[Place, Tensor] = {}
         self._posted: dict[Op, Incoming] = {}
+        self._passes = 0
         self._total = torch.zeros((), device=self._ctx.device)
         with torch.set_grad_enabled(train):
-            for index, op in enumerate(self._ops):
+            for op in self._ops:
                 start = time.perf_counter()
-                self._execute(index, op, train)
+                self._execute(op, train)
                 if self.trace is not None:
                     if self._ctx.device.type == "cuda":
                         torch.cuda.synchronize()
@@ -60,7 +63,7 @@ class Executor:
         self._channels.finish()
         return self._total
 
-    def _execute(self, index: int, op: Op, train: bool) -> None:
+    def _execute(self, op: Op, train: bool) -> None:
         place = op.chunk, op.micro_batch
         match op.kind:
             case OpKind.recv_activation:
@@ -68,10 +71,10 @@ class Executor:
             case OpKind.recv_grad:
                 self._grads[place] = self._receive(op)
             case OpKind.forward:
-                self._post_next(index)
+                self._post_early()
                 self._forward(op, train)
             case OpKind.backward:
-                self._post_next(index)
+                self._post_early()
                 self._backward(op)
             case OpKind.send_activation:
                 output = self._outputs[place] if train else self._outputs.pop(place)
@@ -112,13 +115,11 @@ class Executor:
         posted = self._posted.pop(op, None) or self._post(op)
         return posted.take()
 
-    def _post_next(self, index: int) -> None:
-        """Post what the pass after this one receives, so that the message travels while this one computes."""
-        for op in self._ops[index + 1 :]:
-            if op.kind in COMPUTE:
-                return
-            if op.kind in (OpKind.recv_activation, OpKind.recv_grad) and op not in self._posted:
-                self._posted[op] = self._post(op)
+    def _post_early(self) -> None:
+        """Post what a later pass receives where its sender may wait for it; see `engine.topology.rendezvous`."""
+        for op in self._early.get(self._passes, ()):
+            self._posted[op] = self._post(op)
+        self._passes += 1
 
     def _post(self, op: Op) -> Incoming:
         feed = self._feeds[op.micro_batch]

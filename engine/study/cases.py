@@ -55,7 +55,7 @@ FREE: Domains = {
     "length": ("fixed", "variable"),
     "loss": ("plain", "smoothed"),
 }
-"""Settings that are legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
+"""Settings legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +94,13 @@ class Case:
         return words + ["smoothed"] * (self.loss == "smoothed")
 
     def __str__(self) -> str:
-        schedule = {"one_f_one_b": [], "interleaved": ["interleaved"], "dualpipev": ["dualpipev"]}[self.schedule]
-        words = [f"pp{self.pp}", *schedule, f"dp{self.dp}"]
+        words = [f"pp{self.pp}", *[self.schedule] * (self.schedule != "one_f_one_b"), f"dp{self.dp}"]
         words += [f"cp{self.context}"] * (self.context > 1)
-        words += [f"tp{self.tp}" + "+sequence" * self.sequence]
-        words += [f"zero{self.zero}" + "+offload" * (self.offload != "none"), f"accum{self.accum}"]
+        words += [
+            f"tp{self.tp}" + "+sequence" * self.sequence,
+            f"zero{self.zero}" + "+offload" * (self.offload != "none"),
+        ]
+        words += [f"accum{self.accum}"]
         words += [f"recompute-{self.recompute}"] * (self.recompute != "none")
         return " ".join([*words, *self.model_words()])
 
@@ -169,15 +171,8 @@ def oracle_config(base: Config, case: Case) -> Config:
 
 def alone(case: Case, zero: int) -> Case:
     """`case` without anything parallel or memory-saving."""
-    return Case(
-        world=1,
-        zero=zero,
-        flavour=case.flavour,
-        tied=case.tied,
-        dropout=case.dropout,
-        length=case.length,
-        loss=case.loss,
-    )
+    model = {name: getattr(case, name) for name in ("flavour", "tied", "dropout", "length", "loss")}
+    return Case(world=1, zero=zero, **model)
 
 
 def model_key(base: Config, case: Case) -> str:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.config.enums import DType
+from engine.dist.init import DTYPES
 from engine.study.measure import Measured, Run
 
 _FLOOR = 1e-3
 """Share of the global norm below which a parameter's own is not what errors are measured by."""
-_LOSS_FLOOR = 1e-4
-"""Relative error of a loss that is luck to be below of in 16 bits."""
+_LOSS_FLOOR = 1 / 256
+"""Share of the dtype's epsilon: the rounding of hundreds of targets averages out, and a smaller error is luck."""
 
 FP32 = {"gradient": 1e-5, "loss": 1e-6, "norm": 1e-6, "sgd": 1e-4, "adamw": 1e-4}
 """Largest relative errors in fp32: see `compare`."""
@@ -76,13 +77,13 @@ def compare(got: Measured, want: Measured) -> Comparison:
     return out
 
 
-def compare_low(got: Measured, one: Measured, want: Measured) -> Comparison:
+def compare_low(got: Measured, one: Measured, want: Measured, dtype: DType) -> Comparison:
     """Errors in 16 bits against the fp32 oracle, as multiples of those of `one` rank in the same dtype.
 
     gradients: norm of the difference of all gradients together. gradient: the same by parameter, where one rank's error
     counts as at least its error in all gradients together, relative to each: a parameter whose own error happens to be
     small on one rank is no measure of another order of summation. loss: root mean square of the relative errors of all
-    steps, one rank's at least 1e-4, since a single loss can be right by luck.
+    steps, one rank's at least 1/256 of the dtype's epsilon (3e-5 in bf16), since losses can be right by luck.
     """
     out = _same_parameters(got, want)
     if out.problems:
@@ -92,7 +93,7 @@ def compare_low(got: Measured, one: Measured, want: Measured) -> Comparison:
     out.errors["gradients"] = whole[0] / whole[1]
     out.worst("gradient", {name: error / max(base[name], whole[1]) for name, error in mine.items()})
     spread = [_spread(side.runs["sgd"].losses, want.runs["sgd"].losses) for side in (got, one)]
-    out.errors["loss"] = spread[0] / max(spread[1], _LOSS_FLOOR)
+    out.errors["loss"] = spread[0] / max(spread[1], _LOSS_FLOOR * torch.finfo(DTYPES[dtype]).eps)
     return out
 
 

@@ -25,7 +25,7 @@ from engine.runtime.reference import ReferenceEngine
 from engine.study.cases import GLOBAL_BATCH
 
 _RULES: dict[str, dict[str, Any]] = {
-    "sgd": {"name": OptimizerName.sgd, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
+    "sgd": {"name": OptimizerName.sgd, "lr": 0.3, "momentum": 0.9, "weight_decay": 0.0},
     "adamw": {"name": OptimizerName.adamw, "lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1},
 }
 """Optimizers of the two runs. The rates are large: a weight near 1 that moves little shows the rounding of its storage,

@@ -45,12 +45,11 @@ def main(argv: Sequence[str]) -> int:
     base.precision.dtype = DType[options.dtype]
     domains = {name: getattr(options, name) for name in (*LAYOUT, *FREE)}
     _leave_out(domains, resolve_device_type(base.train.device))
+    found = refusal(base, Case(world=1))
+    if found:
+        raise ConfigError(found)
     space = Space(base, domains)
     if not len(space):
-        smallest = Case(world=1, flavour=domains["flavour"][0], tied=domains["tied"][0])
-        found = refusal(base, smallest)
-        if found:
-            raise ConfigError(found)
         raise LaunchError.of(
             521, "parity", " ".join(argv), "no combination of the asked values is legal", "Widen --worlds, --pp or --tp"
         )

@@ -191,6 +191,7 @@ def _rank_cases(
 def _compare(base: Config, case: Case, measured: Measured, folder: str) -> Comparison:
     key = model_key(base, case)
     oracle = _read(_oracle_file(folder, key))
-    if base.precision.dtype is DType.fp32:
+    dtype = base.precision.dtype
+    if dtype is DType.fp32:
         return compare(measured, oracle)
-    return compare_low(measured, _read(_baseline_file(folder, key)), oracle)
+    return compare_low(measured, _read(_baseline_file(folder, key)), oracle, dtype)

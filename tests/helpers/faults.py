@@ -143,4 +143,4 @@ def swap_chunks() -> None:
             model = replace(model, chunks=dict(zip(model.chunks, reversed(stacks), strict=True)))
         right(self, program, model, *rest)
 
-    Executor.__init__ = broken  # type: ignore[method-assign]
+    Executor.__init__ = broken  # type: ignore[method-assign, assignment]

@@ -119,6 +119,6 @@ def test_ranks_with_other_data_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_single_process_is_alone_on_every_axis() -> None:
     ctx = ParallelContext.single()
     assert ctx.is_main
-    for axis in (ctx.pp, ctx.dp, ctx.tp, ctx.replica):
+    for axis in (ctx.pp, ctx.dp, ctx.cp, ctx.tp, ctx.replica, ctx.reduce):
         assert axis.is_first
         assert axis.group is None

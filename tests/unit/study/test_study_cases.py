@@ -66,7 +66,7 @@ def test_four_ranks_by_hand() -> None:
 @pytest.mark.parametrize(
     ("model", "absent"),
     [
-        ({"num_heads": 6, "hidden_size": 96}, {(1, 1, 1, 4), (1, 1, 4, 1)}),
+        ({"num_heads": 6, "hidden_size": 96}, {(1, 1, 1, 4), (1, 1, 4, 1), (1, 1, 2, 2)}),
         ({"num_kv_heads": 2}, {(1, 1, 1, 4)}),
         ({"num_layers": 2}, {(4, 1, 1, 1)}),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.enums import DType
 from engine.study.compare import FP32, LOW, Comparison, compare, compare_low
 from engine.study.measure import Measured, Run
 
@@ -149,31 +150,34 @@ def low(gradient: float, loss: float) -> Measured:
 def test_16_bits_may_be_twice_as_far_off_as_one_rank() -> None:
     one = low(0.01, 1e-3)
     good, bad = low(0.019, 1.9e-3), low(-0.021, -2.1e-3)
-    assert compare_low(good, one, measured()).failures(LOW) == []
-    errors = compare_low(bad, one, measured()).errors
+    assert compare_low(good, one, measured(), DType.bf16).failures(LOW) == []
+    errors = compare_low(bad, one, measured(), DType.bf16).errors
     assert errors == pytest.approx({"gradient": 2.1, "gradients": 2.1, "loss": 2.1}, rel=1e-3)
-    assert len(compare_low(bad, one, measured()).failures(LOW)) == 3
+    assert len(compare_low(bad, one, measured(), DType.bf16).failures(LOW)) == 3
 
 
 def test_a_parameter_that_one_rank_got_right_by_luck_is_measured_by_the_whole() -> None:
     one, got = low(0.01, 1e-3), low(0.01, 1e-3)
     one.gradients["b.bias"] = measured().gradients["b.bias"]
-    assert compare_low(got, one, measured()).errors["gradient"] < 1.5
+    assert compare_low(got, one, measured(), DType.bf16).errors["gradient"] < 1.5
     got.gradients["b.bias"] = measured().gradients["b.bias"] * 1.1
-    result = compare_low(got, one, measured())
+    result = compare_low(got, one, measured(), DType.bf16)
     assert result.at["gradient"] == "b.bias"
     assert result.errors["gradient"] > 2
 
 
 def test_a_loss_that_one_rank_got_right_by_luck_is_measured_by_the_floor() -> None:
-    assert compare_low(low(0.01, 1.9e-4), low(0.01, 0.0), measured()).failures(LOW) == []
-    assert compare_low(low(0.01, 2.1e-4), low(0.01, 0.0), measured()).errors["loss"] > 2
+    floor = torch.finfo(torch.bfloat16).eps / 256
+    assert compare_low(low(0.01, 1.9 * floor), low(0.01, 0.0), measured(), DType.bf16).failures(LOW) == []
+    assert compare_low(low(0.01, 2.1 * floor), low(0.01, 0.0), measured(), DType.bf16).errors["loss"] > 2
 
 
 def test_nan_in_16_bits_is_a_miss() -> None:
     got = low(0.01, 1e-3)
     got.gradients["a.weight"] = got.gradients["a.weight"] * math.nan
-    assert "gradient of a.weight: nan > 2e+00" in compare_low(got, low(0.01, 1e-3), measured()).failures(LOW)
+    assert "gradient of a.weight: nan > 2e+00" in compare_low(got, low(0.01, 1e-3), measured(), DType.bf16).failures(
+        LOW
+    )
 
 
 def test_nothing_measured_is_told_apart_from_nothing_wrong() -> None:

@@ -44,6 +44,7 @@ def test_every_pair_of_any_legal_case_occurs(space: Space) -> None:
     cfg = base()
     covered: set[Pair] = set().union(*(pairs(case) for case in choose(space, covering_size(space))))
     first = {name: DOMAINS[name][0] for name in DOMAINS}
+    values_of_free = [(name, value) for name in FREE for value in DOMAINS[name]]
     seen = 0
     for values in product(*(DOMAINS[name] for name in LAYOUT)):
         layout = first | dict(zip(LAYOUT, values, strict=True))
@@ -51,8 +52,8 @@ def test_every_pair_of_any_legal_case_occurs(space: Space) -> None:
             continue
         seen += 1
         # Another free setting for each layout, so that all of them meet the rules; their pairs must be there too.
-        for free, value in ((free, value) for free in FREE for value in DOMAINS[free]):
-            case = Case(**layout | {free: value})
+        for name, value in values_of_free:
+            case = Case(**layout | {name: value})
             assert pairs(case) <= covered, sorted(map(str, pairs(case) - covered))
     assert seen == len(space.layouts)
     for one, other in combinations(FREE, 2):
