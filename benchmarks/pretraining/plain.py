@@ -38,18 +38,14 @@ class Curves:
     rates: list[float] = field(default_factory=list)
 
 
-def build(cfg: Config, attention: str) -> nn.Module:
-    """`GPT2LMHeadModel` or `BertForPreTraining` in fp32 with transformers' own initial weights, drawn from train.seed.
-
-    Args:
-        attention: transformers' implementation, "eager" or "sdpa".
-    """
+def build(cfg: Config) -> nn.Module:
+    """`GPT2LMHeadModel` or `BertForPreTraining` in fp32, with the initial weights that transformers draws."""
     torch.manual_seed(cfg.train.seed)
     make = _gpt if cfg.model.family is Family.gpt else _bert
-    return make(cfg.model, attention).float().train()
+    return make(cfg.model).float().train()
 
 
-def _gpt(model: ModelConfig, attention: str) -> nn.Module:
+def _gpt(model: ModelConfig) -> nn.Module:
     config = GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.max_positions,
@@ -66,13 +62,13 @@ def _gpt(model: ModelConfig, attention: str) -> nn.Module:
         # The defaults are entries of GPT-2's own vocabulary.
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation=attention,
+        attn_implementation="eager",
     )
     made: nn.Module = GPT2LMHeadModel(config)
     return made
 
 
-def _bert(model: ModelConfig, attention: str) -> nn.Module:
+def _bert(model: ModelConfig) -> nn.Module:
     config = BertConfig(
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_positions,
@@ -88,7 +84,7 @@ def _bert(model: ModelConfig, attention: str) -> nn.Module:
         attention_probs_dropout_prob=0.0,
         # With a padding entry its row of the table gets no gradient, though the corpus holds it between documents.
         pad_token_id=None,
-        attn_implementation=attention,
+        attn_implementation="eager",
     )
     made: nn.Module = BertForPreTraining(config)
     return made
@@ -113,11 +109,10 @@ def rate_at(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def train(model: nn.Module, cfg: Config, *, reverse: bool = False) -> Curves:
-    """`train.steps` steps of AdamW, each on the whole global batch at once.
+def train(model: nn.Module, cfg: Config) -> Curves:
+    """`train.steps` steps of AdamW, each on the whole global batch at once, in the dtype of `model`.
 
-    Args:
-        reverse: samples of a batch in the opposite order, which changes nothing but rounding.
+    GPT-2's loss alone is fp32 whatever the dtype: transformers casts the logits.
     """
     optim, steps = cfg.optim, cfg.train.steps
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -133,8 +128,7 @@ def train(model: nn.Module, cfg: Config, *, reverse: bool = False) -> Curves:
     curves = Curves()
     for step in range(steps):
         batch = next(split.micro_batches(step, dp_rank=0, dp=1, micro_batch=rows, accum_steps=1))
-        arguments = {name: value.flip(0) if reverse else value for name, value in inputs(batch).items()}
-        loss: Tensor = model(**arguments).loss
+        loss: Tensor = model(**inputs(batch)).loss
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)

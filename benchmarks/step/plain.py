@@ -22,12 +22,13 @@ from engine.config.schema import Config
 from engine.data import open_data
 from engine.dist.context import ParallelContext
 from engine.dist.init import local_device, resolve_device_type
-from engine.model.gpt import NextTokenLoss, build_layers
-from engine.model.layers import WholeModel, random_weights
+from engine.model.batch import Batch
+from engine.model.build import build_layers, build_loss
+from engine.model.layers import build_stacks, random_weights
 from engine.optim.groups import build_optimizer
-from engine.optim.schedule import learning_rate
-from engine.protocols import Batch
+from engine.optim.schedule import learning_rate, set_learning_rate
 from engine.runtime.compile import compile_parts, wants_compile
+from engine.runtime.steps import make_feeds
 from engine.train.hooks import Profile
 from engine.train.session import choose_attention
 
@@ -37,22 +38,21 @@ class PlainLoop:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         ctx = ParallelContext.single(device)
-        layers = build_layers(cfg.model, ctx, choose_attention(cfg, device).impl.fn)
-        self._model = WholeModel(layers, random_weights(cfg.train.seed), tp=ctx.tp).to(device, torch.bfloat16)
-        self._loss = NextTokenLoss(cfg.model, ctx)
+        layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
+        (model,) = build_stacks(layers, [(0, len(layers))], random_weights(cfg.train.seed), tp=ctx.tp)
+        self._model = model.to(device, torch.bfloat16)
+        self._loss = build_loss(cfg, ctx)
         if wants_compile(cfg, device):
             compile_parts(self._model, self._loss)
-        self._optimizer = build_optimizer(self._model.parameters(), cfg.optim, device)
-        self._cfg, self._device = cfg, device
+        self._optimizer = build_optimizer(self._model.parameters(), cfg.optim, ctx)
+        self._cfg, self._ctx = cfg, ctx
 
     def step(self, batches: Iterable[Batch], lr: float) -> Tensor:
         """One optimizer step; the mean loss, on the device."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=self._device)
-        for tokens_BS, labels_BS in batches:
-            logits = self._model(tokens_BS.to(self._device, non_blocking=True))
-            loss = self._loss(logits, labels_BS.to(self._device, non_blocking=True)) / self._cfg.train.accum_steps
+        set_learning_rate(self._optimizer, lr)
+        total = torch.zeros((), device=self._ctx.device)
+        for feed in make_feeds(batches, self._cfg, self._ctx):
+            loss = self._loss(self._model(None, feed), feed)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.optim.clip_norm)
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     cfg = load([word for word in rest if word != "--profile" and word != str(folder)])
     device = local_device(resolve_device_type(cfg.train.device), 0)
     train = cfg.train
-    loop, split = PlainLoop(cfg, device), open_data(cfg.data).train
+    loop, split = PlainLoop(cfg, device), open_data(cfg.data, cfg.model).train
     profile = Profile(cfg, folder) if folder is not None else None
     seconds, losses = [], []
     for step in range(train.steps):

@@ -45,9 +45,10 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
 
     weights: e P; / n at ZeRO 3; none with offloaded parameters. gradients: g P, g the bytes in which they are added up
     (4, or 2 for fp16 and for bf16 with precision.grad_accum=bf16); / n from ZeRO 2 on, where an offloaded optimizer
-    takes them to the host. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the
-    offloaded share r. host: r (fp32 weights, state, fp32 gradients 4 P) / n, and e P / n for offloaded parameters; what
-    is on NVMe is in neither. buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and
+    takes them to the host, but for a sum in fp32 of smaller gradients at ZeRO 2, which DeepSpeed adds up on the device
+    before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the offloaded share r.
+    host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and e P / n for
+    offloaded parameters; what is on NVMe is in neither. buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and
     pp=1; at ZeRO 3 also the largest layer, gathered. activations: `activation_bytes` over the schedule. logits: (e + 8)
     b L padded_vocab / tp on the rank of the head, for logits, fp32 probabilities and their fp32 gradient.
     """
@@ -61,8 +62,10 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     share = zero.offload_ratio if elsewhere else 0.0
     state = (_MASTER * count * (zero.stage > 0) + state_bytes(cfg, held)) / (shards if zero.stage else 1)
     weights = width * count / (shards if zero.stage == 3 else 1)
-    gradients = summed * count / (shards if zero.stage >= 2 else 1) * (1 - share if zero.stage >= 2 else 1)
-    host = share * (state + _MASTER * count / shards) if zero.offload_optimizer is Offload.cpu else 0.0
+    stays = zero.stage < 2 or (zero.stage == 2 and summed > width)
+    gradients = summed * count / (shards if zero.stage >= 2 else 1) * (1 if stays else 1 - share)
+    copy = width if width < _MASTER and zero.stage < 3 else 0
+    host = share * (state + (_MASTER + copy) * count / shards) if zero.offload_optimizer is Offload.cpu else 0.0
     host += weights if zero.offload_params is Offload.cpu else 0.0
     head = "head" in layers_of(cfg, stage)
     vocabulary = padded_vocab(cfg.model, parallel.tp) // parallel.tp
