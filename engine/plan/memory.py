@@ -47,10 +47,11 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     (4, or 2 for fp16 and for bf16 with precision.grad_accum=bf16); / n from ZeRO 2 on, where an offloaded optimizer
     takes them to the host, but for a sum in fp32 of smaller gradients at ZeRO 2, which DeepSpeed adds up on the device
     before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the offloaded share r.
-    host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and e P / n for
-    offloaded parameters; what is on NVMe is in neither. buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and
-    pp=1; at ZeRO 3 also the largest layer, gathered. activations: `activation_bytes` over the schedule. logits: (e + 8)
-    b L padded_vocab / tp on the rank of the head, for logits, fp32 probabilities and their fp32 gradient.
+    host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and
+    e P / n for offloaded parameters; what is on NVMe is in neither. buffers: with n > 1 a reduce bucket of e bytes per
+    element, two with overlap_comm and pp=1; at ZeRO 3 also the largest layer, gathered. activations: `activation_bytes`
+    over the schedule. logits: (e + 8) b L padded_vocab / tp on the rank of the head, for logits, fp32 probabilities and
+    their fp32 gradient.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)
