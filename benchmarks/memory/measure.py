@@ -27,11 +27,12 @@ from engine.config.schema import Config
 from engine.data import open_data, prepare
 from engine.dist.context import ParallelContext
 from engine.dist.init import local_device, resolve_device_type, set_numerics
-from engine.model.build import build_layers, stage_bounds
+from engine.model.build import build_layers
 from engine.model.layers import InitialWeights
 from engine.observe.log import quiet_libraries, say
 from engine.optim.schedule import learning_rate
 from engine.parallel.logical import LogicalTensor
+from engine.plan.stages import stage_bounds
 from engine.runtime import extensions
 from engine.topology.grid import Grid
 from engine.train.session import choose_attention
@@ -78,7 +79,7 @@ def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
     start = time.perf_counter()
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, 1), device)
     layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
-    engine = runtime.build(layers, stage_bounds(cfg, layers), drawn_on(device), cfg, ctx)
+    engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx)
     build_s, built_bytes = time.perf_counter() - start, _peak(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

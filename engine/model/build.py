@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from engine.config.derived import parts_per_rank
 from engine.config.enums import Family
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.bert import bert_layers
 from engine.model.gpt import gpt_layers
-from engine.model.layers import LayerDef, glued_bounds
+from engine.model.layers import LayerDef
 from engine.model.loss import NextTokenLoss, PretrainingLoss
-from engine.plan.costs import layer_costs
-from engine.topology.partition import partition
 from engine_kernels.ops import AttentionFn
 
 
@@ -29,17 +24,6 @@ def build_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> l
     """
     family = {Family.gpt: gpt_layers, Family.bert: bert_layers}[cfg.model.family]
     return family(cfg, ctx, attention)
-
-
-def stage_bounds(cfg: Config, layers: Sequence[LayerDef]) -> list[int]:
-    """First layer of each part of the pipeline in the order of the model, then the number of layers.
-
-    With interleaved and DualPipeV schedules a stage holds several parts.
-    """
-    parallel = cfg.parallel
-    parts = parallel.pp * parts_per_rank(parallel) if parallel.pp > 1 else 1
-    costs = layer_costs(cfg.model, parallel.balance, cfg.data.seq_len)
-    return glued_bounds(layers, lambda joined: partition(joined, parts), costs)
 
 
 def build_loss(cfg: Config, ctx: ParallelContext) -> nn.Module:

@@ -73,16 +73,6 @@ def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
     return found
 
 
-def glued_bounds(
-    layers: Sequence[LayerDef], cut: Callable[[Sequence[float]], Sequence[int]], costs: Sequence[float]
-) -> list[int]:
-    """Stage bounds over all layers from `cut`, which sees glued layers as one of their summed cost."""
-    starts = [index for index, layer in enumerate(layers) if not layer.glued]
-    ends = [*starts[1:], len(layers)]
-    bounds = cut([sum(costs[start:end]) for start, end in zip(starts, ends, strict=True)])
-    return [(*starts, len(layers))[index] for index in bounds]
-
-
 class Stack(nn.Module):
     """Consecutive layers on one rank: the residual stream (None before the first layer) in, the last one's output out.
 

@@ -18,8 +18,9 @@ from engine.config.schema import Config, OptimConfig
 from engine.data import open_data
 from engine.dist.context import ParallelContext
 from engine.model.batch import Batch
-from engine.model.build import build_layers, stage_bounds
+from engine.model.build import build_layers
 from engine.model.layers import random_weights
+from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.study.cases import GLOBAL_BATCH
@@ -105,7 +106,7 @@ def measure_ranks(cfg: Config, ctx: ParallelContext) -> Measured:
 
     def build(cfg: Config) -> Engine:
         layers = build_layers(cfg, ctx, choose_attention(cfg, ctx.device).impl.fn)
-        return runtime.build(layers, stage_bounds(cfg, layers), random_weights(cfg.train.seed), cfg, ctx)
+        return runtime.build(layers, stage_bounds(cfg), random_weights(cfg.train.seed), cfg, ctx)
 
     return measure(cfg, build, _reader(cfg, cfg.train.micro_batch, cfg.train.accum_steps))
 

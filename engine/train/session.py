@@ -20,11 +20,12 @@ from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
 from engine.errors import CheckpointError, ConfigError
-from engine.model.build import build_layers, stage_bounds
+from engine.model.build import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
 from engine.observe.folder import open_run_folder, usable_run_folder
+from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime import extensions
 from engine.topology.grid import Grid
@@ -85,7 +86,7 @@ def build_engine(cfg: Config, ctx: ParallelContext) -> Engine:
     """The engine of this rank, with what it is made of printed by rank 0. Collective."""
     attention = choose_attention(cfg, ctx.device)
     layers = build_layers(cfg, ctx, attention.impl.fn)
-    bounds = stage_bounds(cfg, layers)
+    bounds = stage_bounds(cfg)
     for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
         log.say(line)
     initial = random_weights(cfg.train.seed)

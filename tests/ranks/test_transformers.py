@@ -15,9 +15,10 @@ from engine.checkpoint.gather import gather_to_main
 from engine.config import Config, ModelConfig, OptimizerName
 from engine.dist.context import ParallelContext
 from engine.model.batch import IGNORE, Batch
-from engine.model.build import build_layers, stage_bounds
+from engine.model.build import build_layers
 from engine.model.layers import logical_tensors
 from engine.model.loss import TokenLoss
+from engine.plan.stages import stage_bounds
 from engine.topology.grid import Coord, Grid
 from engine_kernels.ops import sdpa_attention
 from tests.helpers.hf_names import comparable, inputs_of, relative_errors, with_weights
@@ -87,7 +88,7 @@ def rank_of(cases: list[tuple[ModelConfig, dict[str, Any]]], weights: list[dict[
         config = configure(cfg, layout)
         ctx = ParallelContext.create(Grid.from_config(config.parallel, WORLD), torch.device("cpu"))
         layers = build_layers(config, ctx, sdpa_attention)
-        engine = runtime.build(layers, stage_bounds(config, layers), lambda t, v=values: v[t.name], config, ctx)
+        engine = runtime.build(layers, stage_bounds(config), lambda t, v=values: v[t.name], config, ctx)
         seen.clear()
         loss = float(engine.eval_step(micro_batches(cfg)))
         outputs = [out if isinstance(out, tuple) else (out, None) for out in seen]

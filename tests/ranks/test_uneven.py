@@ -16,8 +16,9 @@ from engine.config.load import load
 from engine.data import Split, open_data, prepare
 from engine.dist.context import ParallelContext
 from engine.model.batch import IGNORE, Batch
-from engine.model.build import build_layers, stage_bounds
+from engine.model.build import build_layers
 from engine.model.layers import random_weights
+from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.topology.grid import Grid
@@ -95,7 +96,7 @@ def on_ranks(cases: list[tuple[str, ...]], folder: Path) -> list[Result]:
     for words in cases:
         cfg = config(folder, *words)
         ctx = ParallelContext.create(Grid.from_config(cfg.parallel, 2), torch.device("cpu"))
-        bounds = stage_bounds(cfg, build_layers(cfg, ctx, sdpa_attention))
+        bounds = stage_bounds(cfg)
         found.append(measured(build_engine(cfg, ctx), cfg, sequence_multiple(cfg.parallel), bounds))
     return found
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.dist.context import SINGLE
 from engine.model.feed import Feed
-from engine.model.layers import LayerDef, Stack, build_stacks, glued_bounds
-from engine.topology.partition import partition
+from engine.model.layers import LayerDef, Stack, build_stacks
 from tests.helpers.models import BERT, GPT2, batch_of, feed_of, layers_of, logits_of, noisy_weights
 
 
@@ -28,8 +25,8 @@ class Doubled(nn.Module):
         return x * self.factor
 
 
-def layer(name: str, *, repeats: bool = False, glued: bool = False) -> LayerDef:
-    return LayerDef(name, Doubled, lambda module, x, feed: module(x), repeats=repeats, glued=glued)
+def layer(name: str, *, repeats: bool) -> LayerDef:
+    return LayerDef(name, Doubled, lambda module, x, feed: module(x), repeats=repeats)
 
 
 def stack_of(pattern: str, recompute: int) -> Stack:
@@ -70,36 +67,6 @@ def test_only_training_computes_groups_again(recompute: int, train: bool, passes
         assert x.grad is not None
         assert x.grad.tolist() == [16.0, 16.0]
     assert [part.calls for part in stack.parts] == [1] + [passes] * 3
-
-
-def halves(costs: Sequence[float]) -> list[int]:
-    return partition(costs, 2)
-
-
-@pytest.mark.parametrize(
-    ("glued", "costs", "bounds"),
-    [
-        ("....", [1.0, 1.0, 1.0, 1.0], [0, 2, 4]),
-        ("..gg", [1.0, 1.0, 1.0, 1.0], [0, 1, 4]),
-        (".g..", [1.0, 1.0, 1.0, 1.0], [0, 2, 4]),
-        (".ggg.", [0.0, 0.0, 0.0, 9.0, 1.0], [0, 4, 5]),
-    ],
-)
-def test_glued_layers_stay_with_the_one_before_them(glued: str, costs: list[float], bounds: list[int]) -> None:
-    layers = [layer(f"l{i}", glued=mark == "g") for i, mark in enumerate(glued)]
-    assert glued_bounds(layers, halves, costs) == bounds
-
-
-def test_the_cut_sees_glued_layers_as_one_of_their_summed_cost() -> None:
-    seen: list[Sequence[float]] = []
-
-    def cut(costs: Sequence[float]) -> list[int]:
-        seen.append(list(costs))
-        return [0, 1, len(costs)]
-
-    layers = [layer("a"), layer("b"), layer("c", glued=True), layer("d", glued=True), layer("e")]
-    assert glued_bounds(layers, cut, [1.0, 2.0, 3.0, 4.0, 5.0]) == [0, 1, 5]
-    assert seen == [[1.0, 9.0, 5.0]]
 
 
 @pytest.mark.parametrize("cfg", [GPT2, BERT], ids=lambda c: c.name)
