@@ -1,7 +1,8 @@
 """Collectives with gradients along one mesh axis.
 
-copy and sum are the operators f and g of Megatron-LM (arXiv 1909.08053, section 3); gather, scatter_sum and split are
-those of its sequence parallelism (arXiv 2205.05198, section 4.2.2); exchange is that of Ulysses (arXiv 2309.14509).
+copy and sum are the operators f and g of Megatron-LM (arXiv 1909.08053, section 3); scatter_sum is one of its sequence
+parallelism (arXiv 2205.05198, section 4.2.2), whose all-gather is part of `engine.parallel.linear`; exchange is that of
+Ulysses (arXiv 2309.14509).
 Each is the identity on an axis of one rank, so the same layer code runs without a process group. All ranks of the axis
 call each with the same shapes. A dim that is cut is a multiple of the axis. A compiled graph breaks at each.
 
@@ -9,10 +10,8 @@ call each with the same shapes. A dim that is cut is a multiple of the axis. A c
 |-------------|----------------|--------------------|
 | copy        | identity       | all-reduce         |
 | sum         | all-reduce     | identity           |
-| gather      | all-gather     | reduce-scatter     |
 | collect     | all-gather     | own slice          |
 | scatter_sum | reduce-scatter | all-gather         |
-| split       | own slice      | all-gather         |
 | exchange    | all-to-all     | reverse all-to-all |
 """
 
@@ -117,15 +116,6 @@ def sum_over_axis(x: Tensor, axis: AxisGroup) -> Tensor:
     return _apply(x, axis, _all_reduce, _identity)
 
 
-def gather_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
-    """The ranks' slices in rank order along `dim`, for a computation that is sharded over the axis.
-
-    Each rank's gradient of the whole is partial: the backward pass adds them up and keeps the own slice.
-    """
-    dim %= x.dim()
-    return _apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
-
-
 def collect_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """The ranks' slices in rank order along `dim`, for a computation that is the same on all ranks.
 
@@ -139,12 +129,6 @@ def scatter_sum_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of the sum of the ranks' partial `x`; the gradient's slices are gathered."""
     dim %= x.dim()
     return _apply(x, axis, partial(reduce_scatter, dim=dim), partial(all_gather, dim=dim))
-
-
-def split_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
-    """This rank's slice along `dim` of `x`, equal on all ranks; the gradient's slices are gathered."""
-    dim %= x.dim()
-    return _apply(x, axis, partial(_own_slice, dim=dim), partial(all_gather, dim=dim))
 
 
 def exchange_over_axis(x: Tensor, axis: AxisGroup, *, split_dim: int, gather_dim: int) -> Tensor:

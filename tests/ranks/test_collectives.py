@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.dist import collectives as c
 from engine.dist.context import AxisGroup
+from engine.parallel.linear import column_linear
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -51,10 +52,8 @@ def values(axis: AxisGroup, dim: int) -> None:
     for found, expected in (
         (c.copy_to_axis(mine, axis), mine),
         (c.sum_over_axis(mine, axis), torch.stack(everyone).sum(0)),
-        (c.gather_over_axis(mine, axis, dim), torch.cat(everyone, dim)),
         (c.collect_over_axis(mine, axis, dim), torch.cat(everyone, dim)),
         (c.scatter_sum_over_axis(mine, axis, dim), part(torch.stack(everyone).sum(0), axis, dim)),
-        (c.split_over_axis(mine, axis, dim), part(mine, axis, dim)),
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert found.is_contiguous()
@@ -69,10 +68,8 @@ def operators(axis: AxisGroup, dim: int) -> list[tuple[str, Callable[[Tensor], T
     return [
         ("copy", lambda x: c.copy_to_axis(x, axis), True, False),
         ("sum", lambda x: c.sum_over_axis(x, axis), False, True),
-        ("gather", lambda x: c.gather_over_axis(x, axis, dim), False, False),
         ("collect", lambda x: c.collect_over_axis(x, axis, dim), False, True),
         ("scatter_sum", lambda x: c.scatter_sum_over_axis(x, axis, dim), False, False),
-        ("split", lambda x: c.split_over_axis(x, axis, dim), True, False),
         ("exchange", lambda x: c.exchange_over_axis(x, axis, split_dim=dim, gather_dim=dim - 1), False, False),
     ]
 
@@ -106,7 +103,8 @@ def layers(axis: AxisGroup, *, recompute: bool) -> None:
         return (torch.tanh(x @ up).cumsum(1) @ down) * x.cumsum(1)
 
     def cut(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        inner = c.scatter_sum_over_axis(torch.tanh(c.gather_over_axis(x, axis) @ up).cumsum(1) @ down, axis)
+        outer = torch.tanh(column_linear(x, up.t(), None, axis, sequence=True))
+        inner = c.scatter_sum_over_axis(outer.cumsum(1) @ down, axis)
         turned = c.exchange_over_axis(x, axis, split_dim=2, gather_dim=1).cumsum(1)
         return inner * c.exchange_over_axis(turned, axis, split_dim=1, gather_dim=2)
 
@@ -138,7 +136,7 @@ def low_precision(axis: AxisGroup) -> None:
         total = c.scatter_sum_over_axis(x, axis)
         assert total.dtype is dtype
         assert torch.equal(total.double(), part(sum(everyone, torch.zeros(1)), axis, 1))
-        assert torch.equal(c.gather_over_axis(x, axis).double(), torch.cat(everyone, 1))
+        assert torch.equal(c.collect_over_axis(x, axis).double(), torch.cat(everyone, 1))
 
 
 def everything() -> None:
@@ -161,9 +159,9 @@ def compiled() -> None:
     (axis,) = axes()
 
     def chain(x: Tensor) -> Tensor:
-        x = c.scatter_sum_over_axis(c.gather_over_axis(x * 2, axis).sin(), axis)
+        x = c.scatter_sum_over_axis(c.collect_over_axis(x * 2, axis).sin(), axis)
         x = c.exchange_over_axis(x, axis, split_dim=2, gather_dim=1).sin()
-        x = c.collect_over_axis(c.split_over_axis(x, axis, 0).sin(), axis, 2)
+        x = c.collect_over_axis(c.scatter_sum_over_axis(x, axis, 0).sin(), axis, 2)
         return c.sum_over_axis(c.copy_to_axis(x, axis).sin(), axis)
 
     x = draw(axis.rank).requires_grad_()

@@ -14,6 +14,6 @@ def test_on_an_axis_of_one_rank_they_are_the_identity(dim: int) -> None:
     x = torch.randn(2, 3, 4)
     assert c.copy_to_axis(x, SINGLE) is x
     assert c.sum_over_axis(x, SINGLE) is x
-    for operator in (c.gather_over_axis, c.collect_over_axis, c.scatter_sum_over_axis, c.split_over_axis):
+    for operator in (c.collect_over_axis, c.scatter_sum_over_axis):
         assert operator(x, SINGLE, dim) is x
     assert c.exchange_over_axis(x, SINGLE, split_dim=dim, gather_dim=1 - dim) is x
