@@ -72,7 +72,8 @@ def measure(
             engine.on_gradients = partial(_keep_gradients, engine, out.gradients)
         losses, norms = [], []
         for step in range(cfg.train.steps):
-            result = engine.train_step(batches(engine.ctx, step), optim.lr)
+            lr = optim.lr * (1 - step / cfg.train.steps)
+            result = engine.train_step(batches(engine.ctx, step), lr)
             engine.on_gradients = None
             losses.append(float(result.loss))
             norms.append(float(result.grad_norm))

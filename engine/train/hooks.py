@@ -106,13 +106,13 @@ class Validation(_Quiet):
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
-        train, dp = self._cfg.train, self._engine.ctx.dp
-        assert self._data.valid is not None
+        train, dp, valid = self._cfg.train, self._engine.ctx.dp, self._data.valid
+        assert valid is not None
         start = time.perf_counter()
-        total = 0.0
-        count = min(train.eval_batches, self._data.valid.num_batches(train.micro_batch * train.accum_steps * dp.size))
-        for index in range(count):
-            batches = self._data.valid.micro_batches(
+        size = train.micro_batch * train.accum_steps * dp.size
+        total, samples = 0.0, 0
+        for index in range(min(train.eval_batches, valid.num_batches(size))):
+            batches = valid.micro_batches(
                 index,
                 dp_rank=dp.rank,
                 dp=dp.size,
@@ -120,8 +120,11 @@ class Validation(_Quiet):
                 accum_steps=train.accum_steps,
                 multiple=sequence_multiple(self._cfg.parallel),
             )
-            total += float(self._engine.eval_step(batches))
-        loss = total / count
+            # The last batch may hold fewer samples than the others.
+            held = min(size, valid.num_samples - index * size)
+            total += float(self._engine.eval_step(batches)) * held
+            samples += held
+        loss = total / samples
         self._losses.append(loss)
         self._sink.write(step, {"val_loss": loss})
         say(f"step {step}: validation loss {loss:.4f}")

@@ -26,11 +26,11 @@ SMALL = (
     "data.valid_fraction=0"
 )
 FAMILIES = {
-    # Half the ranks start in half the time: one family is enough for dp.
-    "gpt": "parallel=pp2 parallel.tp=2 parallel.dp=1 train.micro_batch=4",
+    # Most of the time is the start of the ranks: one family is enough for tp and dp.
+    "gpt": "parallel=pp2 parallel.dp=1 train.micro_batch=4",
     "bert": "parallel=octant",
 }
-# A fifteenth of the benchmark's 300 steps has room for a tenth of its limit; rounding takes about 2e-6 of it.
+# A fifteenth of the benchmark's 300 steps has room for a tenth of its limit; rounding makes 2e-6.
 SHORT_LIMIT = LIMIT / 10
 # Adam hides the scale of gradients, their norm does not. Rounding: about 5e-7.
 NORM_LIMIT = 1e-4
