@@ -29,11 +29,11 @@ _RULES: dict[str, dict[str, Any]] = {
     "sgd": {"name": OptimizerName.sgd, "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0},
     "adamw": {"name": OptimizerName.adamw, "lr": 2e-3, "eps": 1e-3, "weight_decay": 0.1},
 }
-"""Optimizers of the two runs. The rates lie between two kinds of rounding, both seen on the oracle when it takes its
-batches in another grouping: below them a norm weight near 1 moves so little that the rounding of its storage shows
-(6e-5 of the way at half the rate of SGD), above them the steps amplify rounding (8e-7 in the clip norms at one and a
-half times). AdamW's eps is large: with a small one, gradients that are zero but for rounding move weights as far as
-real ones do."""
+"""Optimizers of the two runs, with the rate of the first step; it falls linearly towards 0. The rates lie between two
+kinds of rounding: lower, a norm weight near 1 moves so little that the rounding of its storage shows (6e-5 of the way,
+also of the oracle when it groups its batches otherwise); higher or constant, the steps amplify rounding (1e-6 in the
+clip norms of Llama). AdamW's eps is large: with a small one, gradients that are zero but for rounding move weights as
+far as real ones do."""
 
 
 @dataclass(slots=True)

@@ -28,4 +28,4 @@ def test_layouts_of_all_gpus_agree_with_one_process(
         ["parity", "model=gpt_tiny", "train.device=cuda", "--worlds", str(world), "--quick", "--json", str(out)]
     )
     assert code == 0, capsys.readouterr().out
-    assert all(0 < row["errors"]["gradient"] <= 1e-5 for row in json.loads(out.read_text())["cases"])
+    assert all(row["errors"]["gradient"] <= 1e-5 for row in json.loads(out.read_text())["cases"])

@@ -34,9 +34,11 @@ def test_the_quick_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest
     words = {word for row in rows for word in row["case"].split()}
     assert words >= {"pp4", "cp4", "tp4+sequence", "dp8", "zero3+offload", "accum8", "interleaved", "dualpipev"}
     assert words >= {"gpt2", "llama", "bert", "variable", "dropout0.1", "smoothed", "recompute-full2"}
+    # A layout that adds in the oracle's order may agree to the bit; most do not, unless nothing is compared.
+    assert sum(row["errors"]["gradient"] > 0 for row in rows) >= 15
     for row in rows:
         errors = row["errors"]
-        assert 0 < errors["gradient"] <= 1e-5, "an error of exactly zero would mean that nothing was compared"
+        assert errors["gradient"] <= 1e-5
         assert errors["loss"] <= 1e-6
         assert errors["norm"] <= 1e-6
         assert errors["sgd"] <= 1e-4
