@@ -61,6 +61,9 @@ class _Engine(DeepSpeedEngine):
             self._backward_prologue()
             if isinstance(self.optimizer, BF16_Optimizer):
                 self.optimizer.clear_lp_grads()
+            elif self.zero_optimization_partition_gradients():
+                # Else the first gradient does it, and a chunk of a tied table alone has none that DeepSpeed sees.
+                self.optimizer.setup_buckets()
             torch.autograd.backward(output, gradient)
             self._backward_epilogue()
         finally:
