@@ -37,7 +37,10 @@ class Plan:
     """Name of the run whose results must be complete."""
 
 
-PARITY = "--worlds 1,2 --pp 1 --tp 1 --zero 1 --accum 1 --flavours gpt2 --tied tied data.seq_len=8"
+PARITY = (
+    "--worlds 1,2 --pp 1 --tp 1 --context 1 --sequence off --zero 1 --accum 1 --offload none --flavours gpt2 "
+    "--recompute none --tied tied --dropout 0.0 --length fixed --loss plain train.steps=2 data.seq_len=8"
+)
 PARITY_SAYS = ("parity: N cases, N references computed", "parity holds in all N cases")
 COMMANDS = {
     # A corpus of its own, so that building it is shown too.
@@ -72,6 +75,11 @@ COMMANDS = {
     "checkpoint.initial_weights=runs/mine/weights run.name=more": Plan(
         TINY, says=("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU",), run="more"
     ),
+    "python -m engine.plan --world 8 experiment=first_light": Plan(
+        says=("global batch: N samples = N tokens; ZeRO-N", "one_f_one_b with N micro-batches: bubble N%")
+    ),
+    "python -m engine.study timeline parallel=interleaved train.accum_steps=8 train.steps=4 train.device=cpu "
+    "run.name=lanes": Plan("data=random data.seq_len=16"),
     "python -m engine.study parity --quick": Plan(PARITY, says=PARITY_SAYS),
     "python -m engine.study parity": Plan(PARITY, says=PARITY_SAYS),
     "make check": Plan(),
