@@ -66,7 +66,9 @@ COMMANDS = {
         ),
         run="gpt2_124m_1gpu",
     ),
-    "python -m engine.train --help": Plan(says=("zero zN, zN, zN, zN", "model: A decoder-only transformer, pre-norm.")),
+    "python -m engine.train --help": Plan(
+        says=("zero zN, zN, z1_offload, zN, z2_offload, zN, z3_infinity, z3_offload", "model: A transformer.")
+    ),
     "python -m engine.train --cfg job experiment=first_light": Plan(says=("name: first_light", "pp: N")),
     "python -m engine.train data=text data.source=texts data.seq_len=64 run.name=mine": Plan(
         f"{TINY} train.device=cpu", says=("step N: validation loss N",), run="mine"
