@@ -38,7 +38,7 @@ def save_weights(engine: Engine, folder: Path) -> None:
     dist.barrier()
     gathered = gather_over_tp(engine.parameters(), ctx)
     # Every replica takes part in the gathering, one keeps what comes out.
-    tensors = {logical.name: full.contiguous() for logical, full in gathered if ctx.dp.is_first}
+    tensors = {logical.name: full.contiguous() for logical, full in gathered if ctx.reduce.is_first}
     shard = f"weights-{ctx.pp.rank + 1:05d}-of-{ctx.pp.size:05d}.safetensors"
     trouble = ""
     if tensors:

@@ -1,4 +1,4 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 356)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 357..359)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def memory_violations(cfg: Config) -> list[Violation]:
 
 def _formats(cfg: Config) -> list[_Row]:
     stage, dtype, scale = cfg.zero.stage, cfg.precision.dtype, cfg.precision.loss_scale
+    sums = cfg.precision.grad_accum
     return [
         (
             stage == 0 and dtype is not DType.fp32,
@@ -69,6 +70,14 @@ def _formats(cfg: Config) -> list[_Row]:
             scale,
             f"only fp16 gradients are so small that the loss is scaled, and precision.dtype is {dtype}",
             "Use precision.loss_scale=null, or precision.dtype=fp16",
+        ),
+        (
+            sums is DType.fp16 or (sums is DType.bf16 and dtype is not DType.bf16),
+            359,
+            "precision.grad_accum",
+            sums,
+            f"gradients of a {dtype} model are added up in {'bf16 or ' if dtype is DType.bf16 else ''}fp32",
+            "Use precision.grad_accum=fp32",
         ),
     ]
 
@@ -146,11 +155,11 @@ def _strategy(cfg: Config) -> list[_Row]:
             f"Use zero.offload_optimizer=cpu, or {plain}",
         ),
         (
-            strategy is OffloadStrategy.superoffload and zero.stage < 3,
+            special and zero.stage < 3,
             347,
             option,
             strategy,
-            f"DeepSpeed has it for zero.stage=3 only, and zero.stage is {zero.stage}",
+            f"it keeps to each parameter's weight decay at zero.stage=3 only, and zero.stage is {zero.stage}",
             f"Use zero.stage=3, or {plain}",
         ),
         (
@@ -170,11 +179,19 @@ def _strategy(cfg: Config) -> list[_Row]:
             f"Use train.device=cuda, or {plain}",
         ),
         (
-            strategy is OffloadStrategy.zenflow and cfg.parallel.pp > 1,
-            356,
+            strategy is OffloadStrategy.zenflow and cfg.checkpoint.save_final,
+            357,
             option,
             strategy,
-            f"it counts micro-batches itself, which a pipeline of parallel.pp={cfg.parallel.pp} runs in another order",
-            f"Use parallel.pp=1, or {plain}",
+            "its last steps are still under way when training ends, so the weights that are written would lack them",
+            f"Use checkpoint.save_final=false, or {plain}",
+        ),
+        (
+            strategy is OffloadStrategy.superoffload and cfg.precision.dtype is DType.fp16,
+            358,
+            option,
+            strategy,
+            "it steps before the loss scale is taken out of fp16 gradients",
+            f"Use precision.dtype=bf16, or {plain}",
         ),
     ]

@@ -44,27 +44,28 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     """What one rank of pipeline rank `stage` holds at the peak of a step. The rules hold for `cfg`.
 
     weights: e P; / n at ZeRO 3; none with offloaded parameters. gradients: g P, g the bytes in which they are added up
-    (4, or 2 for fp16 and for bf16 with precision.grad_accum=bf16); / n from ZeRO 2 on, where an offloaded optimizer
-    takes them to the host, but for a sum in fp32 of smaller gradients at ZeRO 2, which DeepSpeed adds up on the device
-    before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the offloaded share r.
-    host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and
-    e P / n for offloaded parameters; what is on NVMe is in neither. buffers: with n > 1 a reduce bucket of e bytes per
-    element, two with overlap_comm and pp=1; at ZeRO 3 also the largest layer, gathered. activations: `activation_bytes`
-    over the schedule. logits: (e + 8) b L padded_vocab / tp on the rank of the head, for logits, fp32 probabilities and
-    their fp32 gradient.
+    (4, or 2 for bf16 with precision.grad_accum=bf16), at ZeRO 1 and e P more where sums are wider than gradients; / n
+    from ZeRO 2 on, where an offloaded optimizer takes them to the host, but for a sum in fp32 of smaller gradients at
+    ZeRO 2, which DeepSpeed adds up on the device before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of
+    `state_bytes`, / n, less the offloaded share r. host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3
+    below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on NVMe is in neither.
+    buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
+    layer too, gathered. activations: `activation_bytes` over the schedule. logits: (e + 8) b L padded_vocab / tp on the
+    rank of the head, for logits, fp32 probabilities and their fp32 gradient.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)
     held = rank_parameters(cfg, stage)
     count, width = sum(held.values()), element_bytes(cfg.precision.dtype)
-    summed = width if cfg.precision.dtype is DType.fp16 else element_bytes(cfg.precision.grad_accum)
-    summed = _MASTER if cfg.precision.dtype is DType.fp32 else summed
+    summed = element_bytes(cfg.precision.grad_accum) if cfg.precision.dtype is DType.bf16 else _MASTER
     elsewhere = zero.offload_optimizer is not Offload.none
+    kept_twice = zero.stage == 1 and summed > width and not elsewhere
     share = zero.offload_ratio if elsewhere else 0.0
     state = (_MASTER * count * (zero.stage > 0) + state_bytes(cfg, held)) / (shards if zero.stage else 1)
     weights = width * count / (shards if zero.stage == 3 else 1)
     stays = zero.stage < 2 or (zero.stage == 2 and summed > width)
     gradients = summed * count / (shards if zero.stage >= 2 else 1) * (1 if stays else 1 - share)
+    gradients += width * count * kept_twice
     copy = width if width < _MASTER and zero.stage < 3 else 0
     host = share * (state + (_MASTER + copy) * count / shards) if zero.offload_optimizer is Offload.cpu else 0.0
     host += weights if zero.offload_params is Offload.cpu else 0.0

@@ -30,8 +30,9 @@ class Incoming:
 class Channels:
     """One first-in first-out channel for each ordered pair of stages and each of activations and gradients.
 
-    NCCL runs the messages between two ranks of a communicator one after the other, so two stages that both send before
-    they receive would wait for each other: here each channel has a communicator of its own. gloo needs only tags.
+    NCCL runs the messages of a rank in a communicator one after the other, so two stages that both send before they
+    receive would wait for each other, and a receive would wait behind a send to a third: here a stage has at most one
+    channel in each communicator, which hold those of every second source. gloo needs only tags.
 
     A message in flight on a GPU is a kernel that runs until the other side has come, and the start of a communicator
     waits for it. So all communicators are started here; `engine.topology.rendezvous` says when receives are posted.
@@ -42,7 +43,7 @@ class Channels:
     def __init__(self, ctx: ParallelContext, program: Program) -> None:
         self._ctx, self._program = ctx, program
         self._sent: list[tuple[dist.Work, Tensor]] = []
-        self._groups: dict[tuple[OpKind, bool], dist.ProcessGroup | None] = {}
+        self._groups: dict[tuple[OpKind, bool, int], dist.ProcessGroup | None] = {}
         pairs = sorted(
             {
                 (op.kind, program.peer(op) > stage, stage, program.peer(op))
@@ -51,12 +52,12 @@ class Channels:
                 if op.kind in _SENDS
             }
         )
-        for kind, upward, _, _ in pairs:
-            if (kind, upward) not in self._groups:
-                self._groups[kind, upward] = self._group()
+        for kind, upward, source, _ in pairs:
+            if (kind, upward, source % 2) not in self._groups:
+                self._groups[kind, upward, source % 2] = self._group()
         if ctx.device.type == "cuda":
             for kind, upward, source, destination in pairs:
-                self._connect(self._groups[kind, upward], source, destination)
+                self._connect(self._groups[kind, upward, source % 2], source, destination)
             torch.cuda.synchronize(ctx.device)
 
     def _group(self) -> dist.ProcessGroup | None:
@@ -81,7 +82,7 @@ class Channels:
         """Send what `op` names. Keeps the tensor until it has gone."""
         peer = self._program.peer(op)
         tensor = tensor.detach().contiguous()
-        group = self._groups[op.kind, peer > self._ctx.pp.rank]
+        group = self._groups[op.kind, peer > self._ctx.pp.rank, self._ctx.pp.rank % 2]
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         work = dist.isend(tensor, self._ctx.pp.ranks[peer], group=group, tag=self._tag(op))
         assert work is not None
@@ -92,7 +93,7 @@ class Channels:
         peer = self._program.peer(op)
         kind = OpKind.send_activation if op.kind is OpKind.recv_activation else OpKind.send_grad
         buffer = torch.empty(shape, dtype=dtype, device=self._ctx.device)
-        group = self._groups[kind, self._ctx.pp.rank > peer]
+        group = self._groups[kind, self._ctx.pp.rank > peer, peer % 2]
         work = dist.irecv(buffer, self._ctx.pp.ranks[peer], group=group, tag=self._tag(op))
         assert work is not None
         return Incoming(buffer, work)

@@ -17,6 +17,7 @@ from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.optim.groups import build_optimizer, parameter_groups
 from engine.optim.lion import Lion
+from engine.optim.schedule import set_learning_rate
 from engine.runtime import extensions
 
 
@@ -88,6 +89,18 @@ def selective_optimizer(cfg: Config) -> dict[str, Any]:
     optim = cfg.optim
     parameters = {"lr": optim.lr, "betas": [optim.beta1, optim.beta2], "eps": optim.eps}
     return {"type": "AdamW", "params": {**parameters, "weight_decay": optim.weight_decay}}
+
+
+def set_rate(optimizer: Any, lr: float) -> None:
+    """`set_learning_rate` of a DeepSpeed optimizer, also of the part that `zero.offload_ratio` leaves on the GPU.
+
+    DeepSpeed steps that with a second optimizer, whose first group has a rate of its own that nobody else sets.
+    """
+    set_learning_rate(optimizer, lr)
+    on_device = getattr(optimizer, "backup_optimizer", None)
+    if on_device is not None:
+        for group, twin in zip(optimizer.param_groups, on_device.param_groups, strict=True):
+            twin["lr"] = group["lr"]
 
 
 def begin_step(optimizer: object) -> None:

@@ -15,14 +15,13 @@ from engine.model.batch import Batch
 from engine.model.build import build_loss
 from engine.model.feed import Feed
 from engine.model.layers import InitialWeights, LayerDef, build_stacks
-from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor
 from engine.protocols import StepResult
 from engine.runtime import gradients
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
 from engine.runtime.ds_config import clips_itself, deepspeed_config
-from engine.runtime.offload import begin_step, make_optimizer
+from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.zero3 import Partitioner
@@ -68,7 +67,7 @@ class ZeroRunner:
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""
-        set_learning_rate(self._ds.optimizer, lr)
+        set_rate(self._ds.optimizer, lr)
         begin_step(self._ds.optimizer)
         self._ds.train()
         total = torch.zeros((), device=self.ctx.device)

@@ -209,8 +209,8 @@ def standard_hooks(engine: Engine, data: Data, cfg: Config, folder: Path, config
         hooks.append(Validation(engine, data, cfg, sink, metrics))
     if main and cfg.profile.steps:
         hooks.append(Profile(cfg, folder / "profile"))
-    if main:
-        hooks.append(Results(cfg, folder, sink))
     if cfg.checkpoint.save_final:
         hooks.append(Weights(engine, folder / "weights"))
+    if main:
+        hooks.append(Results(cfg, folder, sink))
     return hooks

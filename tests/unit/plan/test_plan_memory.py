@@ -169,9 +169,10 @@ def test_zero_stages_shard_more_and_more() -> None:
 def test_bytes_a_parameter_in_mixed_precision_and_where_offload_puts_them() -> None:
     count = total_parameters(make().model)
     on_gpu = memory(make(precision__dtype=DType.fp16), 1, 0)
-    assert on_gpu.weights + on_gpu.gradients + on_gpu.optimizer == 16 * count
-    for dtype, size in ((DType.bf16, 2), (DType.fp32, 4)):
-        assert memory(make(precision__dtype=dtype, precision__grad_accum=DType.bf16), 1, 0).gradients == size * count
+    # 16-bit weights and gradients, their sums in fp32, fp32 weights and two moments.
+    assert on_gpu.weights + on_gpu.gradients + on_gpu.optimizer == (2 + 2 + 4 + 12) * count
+    for dtype, sums, size in ((DType.bf16, DType.bf16, 2), (DType.bf16, DType.fp32, 6), (DType.fp32, DType.fp32, 4)):
+        assert memory(make(precision__dtype=dtype, precision__grad_accum=sums), 1, 0).gradients == size * count
     offload = {"zero__stage": 3, "zero__offload_optimizer": Offload.cpu, "precision__dtype": DType.bf16}
     got = memory(make(**offload), 1, 0)
     assert (got.optimizer, got.gradients, got.host) == (0, 0, 16 * count)
