@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 def error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the expected norm, in fp64."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((found.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
 
 
 def logical_parts(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
