@@ -27,10 +27,11 @@ def describe(
         f"Octant {engine.__version__}: {cfg.model.name}, {human_count(total_parameters(cfg.model))} parameters on "
         f"{grid.world_size} ranks = pp {grid.pp} x dp {grid.dp} x tp {grid.tp}{shared}, {where}"
     )
+    most = "at most " if cfg.data.variable_length else ""
     samples = train.micro_batch * train.accum_steps * grid.dp
     yield (
         f"global batch {samples} = micro {train.micro_batch} x accum {train.accum_steps} x dp {grid.dp} samples of "
-        f"{cfg.data.seq_len} tokens = {samples * cfg.data.seq_len:,} tokens; ZeRO-{cfg.zero.stage}, "
+        f"{most}{cfg.data.seq_len} tokens = {most}{samples * cfg.data.seq_len:,} tokens; ZeRO-{cfg.zero.stage}, "
         f"{cfg.precision.dtype}, {cfg.optim.name}"
     )
     if grid.pp > 1:

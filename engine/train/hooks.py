@@ -41,7 +41,10 @@ class _Quiet:
 
 
 class Metrics(_Quiet):
-    """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps."""
+    """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps.
+
+    Tokens and speed are said where each sample has data.seq_len tokens: with data.variable_length nobody counts them.
+    """
 
     def __init__(
         self, cfg: Config, world_size: int, sink: MetricSink, tokens_per_step: int, device: torch.device
@@ -68,7 +71,11 @@ class Metrics(_Quiet):
         step_s = (now - self._since - self.excluded_s) / self._steps_since
         for _ in range(self._steps_since):
             self._timer.add(step_s, self._tokens)
-        metrics |= {"step_s": step_s, "tokens": float(step * self._tokens)} | self._speed()
+        metrics["step_s"] = step_s
+        if not self._cfg.data.variable_length:
+            metrics |= {"tokens": float(step * self._tokens)} | self._speed()
+        if self._device.type == "cuda":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         self._sink.write(step, metrics)
         left = self._timer.time_left_s(self._cfg.train.steps - step)
         self._progress.update(step, metrics | ({} if left is None else {"time_left_s": left}))
@@ -80,8 +87,6 @@ class Metrics(_Quiet):
         if self._peak is not None:
             causal, full = (mfu(tokens_per_s / self._world, flops, self._peak) for flops in self._flops)
             speed |= {"mfu": causal, "mfu_full": full}
-        if self._device.type == "cuda":
-            speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         return speed
 
     def after_training(self, summary: dict[str, Any]) -> None:
