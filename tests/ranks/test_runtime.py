@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def refused(words: tuple[str, ...], world: int, folder: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("layout", "shards"), [(("parallel.pp=2", "parallel.tp=2", "zero=z1"), 2), (("parallel.dp=4", "zero=z3"), 1)]
+    ("layout", "shards"),
+    [(("parallel.pp=2", "parallel.tp=2", "zero=z1"), 2), (("parallel.dp=2", "parallel.context=2", "zero=z3"), 1)],
 )
 def test_weights_are_the_logical_tensors_whatever_the_layout(
     layout: tuple[str, ...], shards: int, tmp_path: Path
@@ -139,6 +141,7 @@ def test_weights_are_the_logical_tensors_whatever_the_layout(
     assert not (tmp_path / "weights.partial").exists()
     cfg = config()
     wanted = logical_tensors(layers_of(cfg.model))
+    assert index["metadata"]["total_size"] == sum(4 * prod(logical.shape) for logical in wanted.values())
     draw, read = random_weights(cfg.train.seed), weights_reader(str(tmp_path / "weights"), wanted)
     for logical in wanted.values():
         assert torch.equal(read(logical), draw(logical)), logical.name
