@@ -1,7 +1,4 @@
-"""What a model eats: one micro-batch as the data gives it, and as the layers of one rank read it.
-
-Shapes: B rows, S positions of the whole sequence, L positions of this rank's part of it.
-"""
+"""What a model eats: one micro-batch as the data gives it. Shapes: B rows, S positions of the whole sequence."""
 
 from __future__ import annotations
 
@@ -26,16 +23,11 @@ class Batch:
     samples_B: Tensor
     """Global sample numbers, int64: no two rows of a run share one. Dropout masks are functions of them."""
     lengths_B: Tensor | None = None
-    """Positions before the padding at the end, int64. None: no row is padded."""
+    """Positions before the padding at the end, int64. None: no row is padded, or what comes before does not see it."""
     token_types_BS: Tensor | None = None
     """Segment of each token, int64; None: all 0."""
     sentence_B: Tensor | None = None
     """Class of each row for the sentence head, int64."""
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self.tokens_BS.shape[0]
 
     @property
     def length(self) -> int:
@@ -48,13 +40,10 @@ class Batch:
         def move(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device, non_blocking=True)
 
-        tokens, labels, samples = (
-            t.to(device, non_blocking=True) for t in (self.tokens_BS, self.labels_BS, self.samples_B)
-        )
         return Batch(
-            tokens_BS=tokens,
-            labels_BS=labels,
-            samples_B=samples,
+            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
+            labels_BS=self.labels_BS.to(device, non_blocking=True),
+            samples_B=self.samples_B.to(device, non_blocking=True),
             lengths_B=move(self.lengths_B),
             token_types_BS=move(self.token_types_BS),
             sentence_B=move(self.sentence_B),

@@ -19,12 +19,12 @@ from engine.config.enums import SentenceHead
 from engine.config.schema import Config, ModelConfig
 from engine.dist.collectives import collect_over_axis
 from engine.dist.context import AxisGroup, ParallelContext
-from engine.model.block import Block, matrix_std, run_block
+from engine.model.block import matrix_std
 from engine.model.feed import Feed
-from engine.model.gpt import LearnedPositions, drop_embeddings, embed_tokens, make_wiring, uses_sequence
+from engine.model.gpt import LearnedPositions, block_layers, drop_embeddings, embed_tokens, uses_sequence, vocabulary
 from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
-from engine.parallel.embedding import VocabParallelBias, VocabParallelEmbedding, VocabParallelHead
+from engine.parallel.embedding import VocabParallelBias
 from engine.parallel.linear import ReplicatedLinear
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
@@ -113,30 +113,13 @@ def _add_bias(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
 def bert_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
     """Embeddings, post-norm blocks, and heads that share a stage: logits (B, S, this rank's columns) and classes."""
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
-    padded = padded_vocab(model, tp.size)
-    table, head = (
-        partial(
-            kind,
-            model.vocab_size,
-            model.hidden_size,
-            padded=padded,
-            tp=tp,
-            init_std=model.init_std,
-            sequence=sequence,
-        )
-        for kind in (VocabParallelEmbedding, VocabParallelHead)
-    )
-    wiring = make_wiring(cfg, ctx, attention)
-    tied = "tokens" if model.tied_head else None
-    block = partial(Block, model, wiring)
+    table, head, tied = vocabulary(cfg, ctx)
+    bias = partial(VocabParallelBias, model.vocab_size, padded_vocab(model, tp.size), tp)
     return [
         LayerDef("embed.tokens", table, embed_tokens, tied),
         LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence), partial(_embed_rest, model)),
-        *(
-            LayerDef(f"block.{i}", block, partial(run_block, model, wiring, i + 1), repeats=True)
-            for i in range(model.num_layers)
-        ),
+        *block_layers(cfg, ctx, attention),
         LayerDef("head.transform", partial(HeadTransform, model, tp, sequence), _transform),
-        LayerDef("head", table if tied else head, _project, tied, glued=True),
-        LayerDef("head.bias", partial(VocabParallelBias, model.vocab_size, padded, tp), _add_bias, glued=True),
+        LayerDef("head", head, _project, tied, glued=True),
+        LayerDef("head.bias", bias, _add_bias, glued=True),
     ]

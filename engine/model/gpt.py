@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
 from engine_kernels.ops import AttentionFn, dropout
+
+Factory = Callable[[], nn.Module]
 
 EMBEDDING_SITE = 0
 """Dropout site of the embeddings; block i has site i + 1."""
@@ -70,13 +73,31 @@ def _logits(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, _: Feed) -> Tens
     return logits if scale == 1.0 else logits * scale
 
 
-def make_wiring(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> Wiring:
-    """What the blocks share."""
+def vocabulary(cfg: Config, ctx: ParallelContext) -> tuple[Factory, Factory, str | None]:
+    """Factories of the token table and of the output projection, and the key that ties them, if they are one."""
+    model = cfg.model
+    table, head = (
+        partial(
+            kind,
+            model.vocab_size,
+            model.hidden_size,
+            padded=padded_vocab(model, ctx.tp.size),
+            tp=ctx.tp,
+            init_std=model.init_std,
+            sequence=uses_sequence(cfg, ctx),
+        )
+        for kind in (VocabParallelEmbedding, VocabParallelHead)
+    )
+    return (table, table, "tokens") if model.tied_head else (table, head, None)
+
+
+def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+    """The transformer blocks."""
     model = cfg.model
     rotary = None
     if model.positions is Positions.rotary:
         rotary = RotaryTable(model.max_positions, head_dim(model), model.rotary_base, ctx.device)
-    return Wiring(
+    wiring = Wiring(
         tp=ctx.tp,
         cp=ctx.cp,
         sequence=uses_sequence(cfg, ctx),
@@ -84,6 +105,11 @@ def make_wiring(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> Wi
         rotary=rotary,
         recompute_attention=cfg.train.recompute is Recompute.selective,
     )
+    block = partial(Block, model, wiring)
+    return [
+        LayerDef(f"block.{i}", block, partial(run_block, model, wiring, i + 1), repeats=True)
+        for i in range(model.num_layers)
+    ]
 
 
 def uses_sequence(cfg: Config, ctx: ParallelContext) -> bool:
@@ -94,32 +120,14 @@ def uses_sequence(cfg: Config, ctx: ParallelContext) -> bool:
 def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
     """Token embedding, positions, pre-norm blocks, norm, output projection: logits (B, S, this rank's columns)."""
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
-    padded = padded_vocab(model, tp.size)
-    table, head = (
-        partial(
-            kind,
-            model.vocab_size,
-            model.hidden_size,
-            padded=padded,
-            tp=tp,
-            init_std=model.init_std,
-            sequence=sequence,
-        )
-        for kind in (VocabParallelEmbedding, VocabParallelHead)
-    )
-    wiring = make_wiring(cfg, ctx, attention)
-    tied = "tokens" if model.tied_head else None
+    table, head, tied = vocabulary(cfg, ctx)
     learned = model.positions is Positions.learned
     # The sum of all embeddings is dropped: after learned positions, or at once when positions are rotary.
     layers = [LayerDef("embed.tokens", table, embed_tokens if learned else partial(_embed_and_drop, model), tied)]
     if learned:
         positions = partial(LearnedPositions, model, tp, sequence)
         layers.append(LayerDef("embed.positions", positions, partial(_add_positions, model)))
-    block = partial(Block, model, wiring)
-    layers += [
-        LayerDef(f"block.{i}", block, partial(run_block, model, wiring, i + 1), repeats=True)
-        for i in range(model.num_layers)
-    ]
+    layers += block_layers(cfg, ctx, attention)
     layers.append(LayerDef("final_norm", partial(make_norm, model, tp, sequence=sequence), _normalise))
-    layers.append(LayerDef("head", table if tied else head, partial(_logits, model), tied))
+    layers.append(LayerDef("head", head, partial(_logits, model), tied))
     return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,19 +72,9 @@ def _sdpa(
 
 # The generator's state is no value that a compiled graph could hold.
 @torch.compiler.disable
-def _seeded_sdpa(
-    q_BSNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-    lengths_B: Tensor | None,
-    p: float,
-    seed: int,
-) -> Tensor:
+def _seeded_sdpa(seed: int, q_BSNH: Tensor, *others: Tensor, **options: Any) -> Tensor:
     with seeded(seed, q_BSNH.device):
-        return _sdpa(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=p)
+        return _sdpa(q_BSNH, *others, **options)
 
 
 def sdpa_attention(
@@ -107,14 +97,7 @@ def sdpa_attention(
     if dropout is None or dropout.p == 0.0:
         return _sdpa(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=0.0)
     return _seeded_sdpa(
-        q_BSNH,
-        k_BSKH,
-        v_BSKH,
-        causal=causal,
-        scale=scale,
-        lengths_B=lengths_B,
-        p=dropout.p,
-        seed=dropout.seed,
+        dropout.seed, q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=dropout.p
     )
 
 
@@ -151,4 +134,3 @@ def _cudnn_supports(s: Situation) -> str | None:
 register(Impl("attention", "sdpa_cudnn", _cudnn_supports, cudnn_attention))
 register(Impl("attention", "sdpa", lambda s: None, sdpa_attention))
 register(Impl("attention", "reference", lambda s: None, reference_attention))
-register(Impl("dropout", "reference", lambda s: None, dropout))

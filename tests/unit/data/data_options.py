@@ -65,7 +65,7 @@ def by_number(split: Split, batch: int, dp: int, micro: int, accum: int) -> dict
     rows: dict[int, tuple[object, ...]] = {}
     for rank in range(dp):
         for m in split.micro_batches(batch, dp_rank=rank, dp=dp, micro_batch=micro, accum_steps=accum):
-            assert m.rows == micro
+            assert m.tokens_BS.shape[0] == micro
             for r, number in enumerate(m.samples_B.tolist()):
                 length = m.length if m.lengths_B is None else int(m.lengths_B[r])
                 types = None if m.token_types_BS is None else tuple(m.token_types_BS[r, :length].tolist())

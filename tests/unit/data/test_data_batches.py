@@ -110,7 +110,7 @@ def test_last_validation_batch_gives_every_rank_all_its_micro_batches(root: Path
     seen: list[int] = []
     for rank in range(2):
         micros = list(split.micro_batches(1, dp_rank=rank, dp=2, micro_batch=n, accum_steps=2))
-        assert [(m.rows, m.length) for m in micros] == [(n, 8), (n, 8)]
+        assert [tuple(m.tokens_BS.shape) for m in micros] == [(n, 8), (n, 8)]
         for m in micros:
             assert m.sentence_B is not None and m.token_types_BS is not None
             assert (m.labels_BS == IGNORE).all() and (m.sentence_B == IGNORE).all()

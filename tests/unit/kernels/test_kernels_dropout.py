@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from engine_kernels.ops import attention_keys, dropout, row_keys
-from engine_kernels.registry import Situation, choose
 
 SAMPLES, POSITIONS, CHANNELS = torch.arange(64), torch.arange(128), 128
 ONES = torch.ones(len(SAMPLES), len(POSITIONS), CHANNELS)
@@ -225,7 +224,3 @@ def test_without_dropout_it_is_the_input_itself() -> None:
 def test_a_probability_out_of_range_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match=rf"dropout p={p} is not in \[0, 1\)"):
         dropout(ONES, keys(), p)
-
-
-def test_it_is_in_the_registry() -> None:
-    assert choose("dropout", "auto", Situation(torch.device("cpu"), torch.float32)).impl.fn is dropout

@@ -97,7 +97,7 @@ def test_a_global_batch_without_targets_divides_by_one() -> None:
 
 def test_a_batch_moves_as_a_whole() -> None:
     batch = batch_of(BERT, 2, 8, padded=True).to(torch.device("meta"))
-    assert (batch.rows, batch.length) == (2, 8)
+    assert tuple(batch.tokens_BS.shape) == (2, 8)
     for field in Batch.__slots__:
         assert getattr(batch, field).device.type == "meta", field
     assert batch_of(GPT2).to(torch.device("meta")).lengths_B is None
