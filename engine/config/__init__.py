@@ -19,7 +19,6 @@ from engine.config.enums import (
 from engine.config.schema import (
     CheckpointConfig,
     Config,
-    DataConfig,
     KernelsConfig,
     LoggingConfig,
     ModelConfig,
@@ -32,6 +31,7 @@ from engine.config.schema import (
     TrainingConfig,
     ZeroConfig,
 )
+from engine.config.schema_data import DataConfig
 
 __all__ = [
     "Activation",

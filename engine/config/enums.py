@@ -139,3 +139,23 @@ class WandbMode(StrEnum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+class SampleKind(StrEnum):
+    """What a record of the corpus is."""
+
+    text = "text"
+    """A document to model."""
+    completion = "completion"
+    """A prompt and a completion; only the completion is predicted."""
+    rows = "rows"
+    """One or two texts with a class or a score."""
+
+
+class BadFiles(StrEnum):
+    """What to do about files that are unreadable, empty or not UTF-8."""
+
+    skip = "skip"
+    """Leave them out and list them."""
+    stop = "stop"
+    """Refuse to build."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from engine.config import schema
+from engine.config import schema, schema_data
 from engine.config.schema import Config
 from engine.errors import nearest
 
@@ -101,7 +101,8 @@ def is_missing(option: Option) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string that follows the field in the source; Python itself does not keep it."""
     found = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+    sources = [inspect.getsource(module) for module in (schema, schema_data)]
+    for node in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, node.body[1:], strict=False):

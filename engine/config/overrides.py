@@ -119,7 +119,7 @@ def _checked(text: str, folder: Path, known_groups: list[str]) -> str | Violatio
         default = f"Its default is {option.default}"
         return text if below_mapping else _malformed(text, "an option cannot be removed, only set", default)
     # Hydra wants a plus for keys that are not there yet; a mapping has no keys of its own.
-    return f"++{bare}" if below_mapping else bare
+    return f"++{bare}" if below_mapping or isinstance(override.value(), dict) else bare
 
 
 def _checked_group(override: Override, bare: str, folder: Path) -> str | Violation:

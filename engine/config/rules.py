@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from engine.config.bounds import bound_violations
 from engine.config.layout import layout_violations
+from engine.config.rules_data import sample_violations
 from engine.config.rules_memory import memory_violations, zero_violations
 from engine.config.rules_model import data_violations, loss_violations, model_violations
 from engine.config.rules_parallel import RELATED, cut_violations, fits, schedule_violations
@@ -43,6 +44,7 @@ def check(cfg: Config, world_size: int) -> list[Violation]:
         *bounds,
         *model,
         *data_violations(cfg),
+        *sample_violations(cfg),
         *optim_violations(cfg),
         *memory_violations(cfg),
         *loss_violations(cfg),

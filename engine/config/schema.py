@@ -29,6 +29,7 @@ from engine.config.enums import (
     Switch,
     WandbMode,
 )
+from engine.config.schema_data import DataConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,30 +128,6 @@ class ZeroConfig:
     """Folder on a local NVMe disk for `nvme`."""
     pin_memory: bool = True
     """Page-locked host memory for what is offloaded: faster copies, and the host cannot swap it out."""
-
-
-@dataclass(slots=True, kw_only=True)
-class DataConfig:
-    """The corpus, its tokenizer and how samples are drawn."""
-
-    source: str = MISSING
-    """`python`: the standard library of the running interpreter. `random`: random tokens. Else a folder or glob."""
-    seq_len: int = MISSING
-    """Tokens in one sample."""
-    vocab_size: int = MISSING
-    """Entries of the byte-level BPE trained on the corpus. At most model.vocab_size."""
-    valid_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of their content."""
-    max_bytes: int | None = None
-    """Read at most this many bytes of the corpus. None: all."""
-    cache_dir: str | None = None
-    """Where tokenizer and token files are kept. None: $XDG_CACHE_HOME/octant or ~/.cache/octant."""
-    seed: int = 0
-    """Seed of the sample order, and of masking."""
-    mask_rate: float = 0.15
-    """Share of the tokens that a `bert` model predicts: 80 % of them replaced by [MASK], 10 % by a random token."""
-    variable_length: bool = False
-    """Samples end where their text ends instead of filling `seq_len`; a micro-batch is padded to its longest."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cache
 from itertools import cycle, islice
 
@@ -30,12 +31,15 @@ def rows() -> list[tuple[str, ...]]:
 
     Composing takes a third of a second, so one row takes a choice from each group. Layouts that cut the model go with
     the tiny models and the ZeRO stages that pipelines allow, offload with the optimizers that a host can run, the
-    others with every model. Number formats other than fp32 do not go with z0 (OCT314).
+    others with every model. Number formats other than fp32 do not go with z0 (OCT314). Some samples are of one family.
     """
+    of_family = {"completion": "gpt_tiny", "rows": "bert_tiny"}
     cut = [name for name in CHOICES["parallel"] if name not in ("single", "dp")]
     offload = [name for name in CHOICES["zero"] if "_" in name]
     whole = {group: names for group, names in CHOICES.items() if group not in GLOBAL_GROUPS}
+    whole["data"] = [name for name in CHOICES["data"] if name not in of_family]
     return [
+        *_zipped({"data": list(of_family), "model": list(of_family.values())}),
         *_zipped({**whole, "parallel": ["single", "dp"], "zero": ["z1", "z2", "z3"]}),
         *_zipped({"model": TINY, "zero": ["z0", "z1", "z2"], "parallel": cut}),
         *_zipped({"model": ["gpt_tiny"], "zero": offload, "optim": ["adamw", "lion", "sgd"]}),
@@ -53,7 +57,7 @@ def _zipped(groups: dict[str, list[str]]) -> list[tuple[str, ...]]:
 def config(*overrides: str) -> Config:
     """Composed with what the files' own commands set besides, such as data.source=FOLDER."""
     files = [CONF / f"{override.replace('=', '/')}.yaml" for override in overrides]
-    commands = [path.read_text().splitlines()[0].split() for path in files if path.is_file()]
+    commands = [shlex.split(path.read_text().splitlines()[0]) for path in files if path.is_file()]
     return load([*overrides, *(word for words in commands for word in words[4:] if "." in word.partition("=")[0])])
 
 
