@@ -1,4 +1,4 @@
-"""Building cache entries: reuse, damage, competing and dying builders, refusals."""
+"""Building cache entries: what they hold, reuse, competing and dying builders."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from engine.config.schema import DataConfig
-from engine.data import build, open_data, prepare
-from engine.data.cache import cache_root
-from engine.data.corpus import Document, split_position
-from engine.data.tokenizer import train_tokenizer
+from engine.config.enums import SampleKind
+from engine.data.build import prepare as build
+from engine.data.build.cache import entries, read_meta
+from engine.data.build.lock import machine, owner_file
+from engine.data.build.prepare import prepare
+from engine.data.build.shard import build_shard
+from engine.data.corpus.documents import Document, split_position
+from engine.data.storage.indexed import IndexedFile
+from engine.data.tokenizer.folder import load_tokenizer
 from engine.errors import DataError
-from tests.unit.data.data_options import GPT, config
+from tests.unit.data.build_helpers import built, content, counts, make_corpus, quiet, refused
+from tests.unit.data.data_options import config
 
 PREPARE = """
 import sys
-from engine.config.schema import DataConfig
-from engine.data import build
+from engine.config.schema_data import DataConfig
+from engine.data.build import prepare as build
 {before}
 options = dict(source=sys.argv[1], cache_dir=sys.argv[2], seq_len=8, vocab_size=300, valid_fraction=0.3)
 build.prepare(DataConfig(**options), lambda line: print(line, flush=True))
 """
 HOLD_BEFORE_META = """
-def hold(*arguments):
-    print("all but meta.json written", flush=True)
-    sys.stdin.readline()
+written = build.write_json
+def hold(path, content):
+    if path.name == "meta.json":
+        print("all but meta.json written", flush=True)
+        sys.stdin.readline()
+    written(path, content)
 
 build.write_json = hold
 """
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def refused(cfg: DataConfig) -> str:
-    with pytest.raises(DataError) as caught:
-        prepare(cfg, quiet)
-    return str(caught.value)
 
 
 def start(root: Path, before: str = "") -> subprocess.Popen[str]:
@@ -54,94 +51,142 @@ def start(root: Path, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository)
 
 
-def read_line(process: subprocess.Popen[str]) -> str:
+def read_until(process: subprocess.Popen[str], words: str) -> None:
     assert process.stdout is not None
-    return process.stdout.readline()
+    assert any(words in line for line in process.stdout), f"ended without {words!r}"
 
 
-def nearest_fraction(message: str) -> float:
-    found = re.search(r"Nearest legal: data\.valid_fraction=([\d.]+); 0 means no validation", message)
-    assert found is not None, message
-    return float(found.group(1))
-
-
-def documents_in(folder: Path) -> tuple[int, int]:
-    meta = json.loads((folder / "meta.json").read_text())
-    return meta["train_documents"], meta["valid_documents"]
+def texts(folder: Path, name: str) -> list[str]:
+    """Documents of a split, each ended by the token that ends documents."""
+    file, tokenizer = IndexedFile.open(folder / name), load_tokenizer(folder / "tokenizer")
+    end = read_meta(folder)["end"]
+    found = [file.document(number).tolist() for number in range(file.num_documents)]
+    assert all(ids[-1] == end and end not in ids[:-1] for ids in found)
+    return [tokenizer.decode(ids[:-1]) for ids in found]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    for i in range(12):
-        (tmp_path / "corpus" / f"{i:02}.txt").write_text(f"document {i} has number {i * i}\n" * 3)
-    return tmp_path
+    return make_corpus(tmp_path, 12)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_splits_hold_all_documents_in_order_each_ended_once(root: Path) -> None:
+    cfg = config(root, test_fraction=0.3)
+    folder = built(cfg)
+    found = {name: texts(folder, name) for name in ("train", "valid", "test")}
+    expected: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for path in sorted((root / "corpus").iterdir()):
+        position = split_position(Document("", (path.read_text(),)))
+        expected["valid" if position < 0.3 else "test" if position < 0.6 else "train"].append(path.read_text())
+    assert found == expected and all(found.values())
+    meta = read_meta(folder)
+    assert counts(folder) == {name: len(documents) for name, documents in expected.items()}
+    for name, split in meta["splits"].items():
+        file = IndexedFile.open(folder / name)
+        facts = {key: split[key] for key in ("documents", "sequences", "tokens", "digest")}
+        sizes = {"documents": file.num_documents, "sequences": file.num_sequences, "tokens": file.num_tokens}
+        assert facts == {**sizes, "digest": file.digest}
+    assert (meta["kind"], meta["prefix"], meta["label_type"], meta["problems"]) == ("text", None, None, [])
+    assert meta["vocab_size"] == load_tokenizer(folder / "tokenizer").get_vocab_size() <= 300
+    assert meta["bytes"] == sum(path.stat().st_size for path in (root / "corpus").iterdir())
+
+
+def records(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_completions_are_two_sequences_with_one_end(root: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"What is {i}?", "completion": f" It is {i * i}."} for i in range(9)]
+    cfg = config(root, source=records(root / "a.jsonl", rows), kind=SampleKind.completion, valid_fraction=0.0)
+    folder = built(cfg)
+    file, tokenizer = IndexedFile.open(folder / "train"), load_tokenizer(folder / "tokenizer")
+    assert file.num_sequences == 2 * file.num_documents == 18
+    ids = [file.sequence(i).tolist() for i in range(18)]
+    assert [tokenizer.decode(prompt) for prompt in ids[::2]] == [row["prompt"] for row in rows]
+    assert all(completion[-1] == read_meta(folder)["end"] for completion in ids[1::2])
+    assert [tokenizer.decode(completion[:-1]) for completion in ids[1::2]] == [row["completion"] for row in rows]
+
+
+@pytest.mark.parametrize(("unit", "label_type"), [(1, "class"), (0.5, "score")])
+def test_rows_have_labels_and_no_end(root: Path, unit: float, label_type: str) -> None:
+    rows: list[dict[str, object]] = [{"text": f"a{i}", "b": f"word {i}", "label": i * unit} for i in range(20)]
+    source = records(root / "a.jsonl", rows)
+    folder = built(config(root, source=source, kind=SampleKind.rows, pair_field="b"))
+    tokenizer, found = load_tokenizer(folder / "tokenizer"), {}
+    for name in ("train", "valid"):
+        file, labels = IndexedFile.open(folder / name), np.load(folder / f"{name}.labels.npy")
+        assert labels.dtype == np.float64 and labels.shape == (file.num_documents,)
+        for i, label in enumerate(labels.tolist()):
+            found[tuple(tokenizer.decode(file.sequence(2 * i + part).tolist()) for part in (0, 1))] = label
+    assert found == {(row["text"], row["b"]): row["label"] for row in rows}
+    assert read_meta(folder)["label_type"] == label_type
+    damaged = bytearray((folder / "valid.labels.npy").read_bytes())
+    damaged[-1] ^= 1
+    (folder / "valid.labels.npy").write_bytes(damaged)
+    assert "valid.labels.npy is damaged" in refused(config(root, source=source, kind=SampleKind.rows, pair_field="b"))
 
 
 def test_two_builds_of_one_corpus_are_equal_to_the_byte(root: Path) -> None:
-    one, two = (prepare(config(root, cache_dir=str(root / name)), quiet) for name in "ab")
+    one, two = (built(config(root, cache_dir=str(root / name))) for name in "ab")
     assert content(one) == content(two)
-    fingerprints = {open_data(config(root, cache_dir=str(root / name)), GPT).fingerprint for name in "ab"}
-    assert len(fingerprints) == 1
 
 
 def test_finished_entry_is_reused_and_nothing_is_written_then(root: Path) -> None:
     said: list[str] = []
-    folder = prepare(config(root), said.append)
-    assert "building" in said[0] and re.search(r"\d+ training and \d+ validation tokens, vocabulary \d+", said[-1])
-    before = content(folder)
-    (root / "cache" / f"{folder.name}.lock").unlink()
+    folder = built(config(root), said.append)
+    assert re.search(rf"{folder}: \d+ train, \d+ valid tokens, vocabulary \d+", said[-1])
+    before = content(root / "cache")
     said.clear()
-    assert prepare(config(root, seq_len=16, seed=5), said.append) == folder
+    assert built(config(root, seq_len=16, seed=5, workers=7), said.append) == folder
     assert said == [f"data: using {folder}"]
-    assert content(folder) == before
-    assert [path.name for path in (root / "cache").iterdir()] == [folder.name]
+    assert content(root / "cache") == before
+    assert not [path for path in (root / "cache").iterdir() if path.suffix in (".partial", ".owner")]
 
 
-def test_another_corpus_or_option_makes_another_entry(root: Path) -> None:
-    folders = [
-        prepare(config(root), quiet),
-        prepare(config(root, vocab_size=290), quiet),
-        prepare(config(root, valid_fraction=0.4), quiet),
-        prepare(config(root, max_bytes=700), quiet),
-    ]
-    (root / "corpus" / "new.txt").write_text("one more document")
-    folders.append(prepare(config(root), quiet))
-    assert len(set(folders)) == 5
+def test_nothing_held_out_has_no_such_files(root: Path) -> None:
+    folder = built(config(root, valid_fraction=0.0))
+    assert counts(folder) == {"train": 12}
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "meta.json", "tokenizer", "train.bin", "train.idx", "train.sums.json",
+    ]  # fmt: skip
 
 
-def test_zero_valid_fraction_has_no_validation_split(root: Path) -> None:
-    cfg = config(root, valid_fraction=0.0)
-    assert not (prepare(cfg, quiet) / "valid.tokens").exists()
-    assert open_data(cfg, GPT).valid is None
+def test_sources_of_a_blend_share_a_tokenizer(root: Path) -> None:
+    (root / "other").mkdir()
+    for i in range(9):
+        (root / "other" / f"{i}.txt").write_text(f"something else {i}\n" * 3)
+    blend = {str(root / "corpus"): 3.0, str(root / "other"): 1.0}
+    cfg = config(root, blend=blend)
+    prepare(cfg, quiet)
+    found = entries(cfg)
+    assert [share for _, share in found] == [0.75, 0.25]
+    metas = [read_meta(folder) for folder, _ in found]
+    assert [meta["source"] for meta in metas] == list(blend)
+    assert metas[0]["tokenizer"] == metas[1]["tokenizer"]
+    entry, tokenizer = found[1][0], load_tokenizer(found[1][0] / "tokenizer")
+    assert tokenizer.encode("document").ids == load_tokenizer(found[0][0] / "tokenizer").encode("document").ids
+    assert "something else 0\n" * 3 in texts(entry, "train") + texts(entry, "valid")
+    assert built(config(root)) not in [folder for folder, _ in found], "its tokenizer is of one source only"
 
 
-def test_tokenizer_sample_is_spread_over_the_whole_corpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        seen.extend(texts)
-        return train_tokenizer(seen, vocab_size)
-
-    monkeypatch.setattr(build, "TOKENIZER_SAMPLE_BYTES", 500)
-    monkeypatch.setattr(build, "train_tokenizer", train)
-    prepare(config(root, valid_fraction=0.0), quiet)
-    files = [path.read_text() for path in sorted((root / "corpus").iterdir())]
-    assert 350 <= sum(map(len, seen)) <= 500
-    picked = [files.index(text) for text in seen]
-    assert min(picked) <= 3 and max(picked) >= 9
+def test_random_tokens_need_no_entry_and_cannot_be_blended(root: Path) -> None:
+    cfg = config(root, source="random")
+    prepare(cfg, quiet)
+    assert entries(cfg) == [] and not (root / "cache").exists()
+    assert "[OCT454] data.blend=random" in refused(config(root, blend={"random": 1.0, str(root / "corpus"): 1.0}))
 
 
-def test_progress_is_said_in_megabytes(root: Path) -> None:
-    (root / "corpus" / "long.txt").write_text("a line of a long text\n" * 50_000)
+def test_problems_are_listed_and_recorded(root: Path) -> None:
+    for i in range(13):
+        (root / "corpus" / f"bad{i:02}.txt").write_bytes(b"\xff\xfe\xfd")
     said: list[str] = []
-    prepare(config(root), said.append)
-    assert [line for line in said if re.fullmatch(r"data: tokenizer, 1\.1 of 1\.1 MB", line)]
-    assert [line for line in said if re.fullmatch(r"data: tokens, 1\.1 of 1\.1 MB", line)]
+    folder = built(config(root), said.append)
+    listed = [line for line in said if "left out" in line]
+    assert len(listed) == 11 and "bad00.txt" in listed[0]
+    assert listed[-1] == "data: left out 13 in all; meta.json of the entry lists them"
+    assert [Path(path).name for path, _ in read_meta(folder)["problems"]] == [f"bad{i:02}.txt" for i in range(13)]
+    assert sum(counts(folder).values()) == 12
 
 
 def test_second_process_waits_for_the_builder_and_reuses_its_entry(root: Path) -> None:
@@ -152,21 +197,19 @@ def test_second_process_waits_for_the_builder_and_reuses_its_entry(root: Path) -
         said.append(line)
         if "building" in line:
             waiters.append(start(root))
-            assert "waiting for another process" in read_line(waiters[0])
+            read_until(waiters[0], "waiting for process")
 
-    folder = prepare(config(root), say)
+    folder = built(config(root), say)
     rest, _ = waiters[0].communicate(timeout=60)
     assert waiters[0].returncode == 0
-    assert "training and" in said[-1]
     assert rest == f"data: using {folder}\n"
 
 
 def test_waiter_takes_over_when_the_builder_is_killed_and_trusts_nothing_it_left(root: Path) -> None:
     builder = start(root, HOLD_BEFORE_META)
-    assert "building" in read_line(builder)
-    assert read_line(builder) == "all but meta.json written\n"
+    read_until(builder, "all but meta.json written")
     with pytest.raises(DataError, match="OCT412"):
-        open_data(config(root), GPT)
+        read_meta(entries(config(root))[0][0])
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -175,108 +218,32 @@ def test_waiter_takes_over_when_the_builder_is_killed_and_trusts_nothing_it_left
             builder.kill()
             builder.communicate(timeout=60)
 
-    prepare(config(root), say)
+    folder = built(config(root), say)
     assert builder.returncode == -signal.SIGKILL
-    assert ["waiting" in said[0], "building" in said[1], "training and" in said[-1]] == [True] * 3
-    assert open_data(config(root), GPT).vocab_size > 256
+    assert any("1 of 1 shards were there already" in line for line in said)
+    assert content(folder) == content(built(config(root, cache_dir=str(root / "again"))))
 
 
-def test_half_entry_is_built_anew(root: Path) -> None:
-    folder = prepare(config(root), quiet)
-    complete = content(folder)
-    (folder / "meta.json").unlink()
-    (folder / "train.tokens").write_bytes(b"half")
-    (folder / "train.tokens.tmp").write_bytes(b"half")
-    assert prepare(config(root), quiet) == folder
-    assert content(folder) == complete
+def test_disk_that_is_full_is_refused_and_the_build_can_go_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> bool:
+        raise DataError.of(439, "data.cache_dir", root, "no space", "free some")
+
+    monkeypatch.setattr(build, "build_shard", full)
+    assert "[OCT439]" in refused(config(root))
+    monkeypatch.setattr(build, "build_shard", build_shard)
+    assert counts(built(config(root)))["train"] > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "code"), [("train.tokens", 410), ("valid.tokens", 410), ("tokenizer.json", 413), ("meta.json", 413)]
-)
-def test_flipped_byte_in_any_file_is_refused(root: Path, name: str, code: int) -> None:
-    folder = prepare(config(root), quiet)
-    damaged = bytearray((folder / name).read_bytes())
-    damaged[-1 if name.endswith("tokens") else 0] ^= 1
-    (folder / name).write_bytes(damaged)
-    message = refused(config(root))
-    assert f"[OCT{code}] data.cache_dir={folder}" in message
-    assert f"{folder / name} " in message and ("is damaged" in message or "cannot be read" in message)
-    assert f"Delete the folder {folder}; the next run builds it again" in message
-
-
-def test_token_file_of_another_entry_and_missing_tokenizer_are_refused(root: Path) -> None:
-    folder = prepare(config(root), quiet)
-    other = prepare(config(root, valid_fraction=0.5), quiet)
-    for name in ("train.tokens", "train.tokens.json"):
-        (folder / name).write_bytes((other / name).read_bytes())
-    message = refused(config(root))
-    assert "[OCT413]" in message and "train.tokens is damaged" in message and "meta.json records" in message
-    (other / "tokenizer.json").unlink()
-    message = refused(config(root, valid_fraction=0.5))
-    assert "[OCT413]" in message and "tokenizer.json cannot be read (No such file or directory)" in message
-
-
-def test_meta_without_a_field_is_refused(root: Path) -> None:
-    folder = prepare(config(root), quiet)
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["vocab_size"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=r"OCT413.*meta\.json cannot be read \(KeyError\('vocab_size'\)\)"):
-        open_data(config(root), GPT)
-
-
-def test_opening_what_was_never_prepared_is_refused(root: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        open_data(config(root), GPT)
-    message = str(caught.value)
-    assert f"[OCT412] data.cache_dir={root / 'cache'}" in message
-    assert "has no finished entry corpus-300-" in message
-    assert "Start the run again" in message
-
-
-def test_cache_folder_that_cannot_be_written_is_refused(root: Path) -> None:
-    (root / "file").write_text("in the way")
-    message = refused(config(root, cache_dir=str(root / "file" / "cache")))
-    assert f"[OCT414] data.cache_dir={root / 'file' / 'cache'}" in message
-    assert "cannot be written" in message and "Not a directory" in message
-    assert "XDG_CACHE_HOME" in message
-
-
-def test_cache_folder_defaults(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_root(config(root, cache_dir=None)) == Path("/xdg/octant")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert cache_root(config(root, cache_dir=None)) == Path("/home/someone/.cache/octant")
-    assert cache_root(config(root, cache_dir="~/mine")) == Path("/home/someone/mine")
-
-
-def test_empty_validation_split_is_refused_and_the_named_fraction_works(root: Path) -> None:
-    lowest = min(split_position(Document("", p.read_text())) for p in (root / "corpus").iterdir())
-    message = refused(config(root, valid_fraction=lowest / 2))
-    assert f"[OCT415] data.valid_fraction={lowest / 2}" in message
-    assert "puts all 12 documents into the training split, the validation split is empty" in message
-    folder = prepare(config(root, valid_fraction=nearest_fraction(message)), quiet)
-    assert documents_in(folder) == (11, 1)
-
-
-def test_empty_training_split_is_refused_and_the_named_fraction_works(root: Path) -> None:
-    message = refused(config(root, valid_fraction=1.0))
-    assert "[OCT416] data.valid_fraction=1.0" in message
-    assert "into the validation split, the training split is empty" in message
-    folder = prepare(config(root, valid_fraction=nearest_fraction(message)), quiet)
-    assert documents_in(folder) == (1, 11)
-
-
-def test_single_document_can_only_train(root: Path) -> None:
-    message = refused(config(root, source=str(root / "corpus" / "00.txt"), valid_fraction=0.000001))
-    assert "[OCT415]" in message and message.endswith("Nearest legal: data.valid_fraction=0 (no validation)")
-
-
-def test_corpus_and_vocabulary_refusals_come_through(root: Path) -> None:
-    (root / "blank").mkdir()
-    (root / "blank" / "a.txt").write_text("")
-    assert "[OCT403] data.source=" in refused(config(root, source=str(root / "blank")))
-    assert "[OCT401] data.source=" in refused(config(root, source=str(root / "nowhere")))
-    assert "[OCT405] data.vocab_size=100" in refused(config(root, vocab_size=100))
+def test_what_a_builder_left_that_was_killed_when_done_is_removed(root: Path) -> None:
+    folder = built(config(root))
+    before = content(root / "cache")
+    partial = folder.with_name(f"{folder.name}.partial")
+    (partial / "shard-00000").mkdir(parents=True)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    owner_file(folder).write_text(json.dumps({"machine": machine(), "pid": dead.pid}))
+    lock = f"{folder.name}.lock"
+    said: list[str] = []
+    assert built(config(root), said.append) == folder
+    assert not partial.exists() and content(root / "cache") == {**before, lock: b""}
+    assert said[-1] == f"data: using {folder}"

@@ -1,0 +1,1 @@
+"""From sources to cache entries: parallel, restartable, one builder at a time."""

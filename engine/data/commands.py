@@ -1,0 +1,114 @@
+"""The commands of `python -m engine.data`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+from engine.config.bounds import bound_violations
+from engine.config.load import HelpRequested, load
+from engine.config.schema import Config
+from engine.config.schema_data import DataConfig
+from engine.data.build.cache import SPLITS, entries, read_meta
+from engine.data.build.prepare import prepare
+from engine.errors import ConfigError, EngineError
+
+_INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 done, 1 damages were found, 2 refused (the reasons are on stderr), 130 interrupted."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    print(_USAGE, file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
+    return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+
+
+def data_config(argv: Sequence[str]) -> DataConfig:
+    """The data section that training would get from these words; `data.` may be left out before its options.
+
+    Raises ConfigError as `engine.config.load`, and for numbers of the section outside their range; HelpRequested.
+    """
+    return full_config(argv, ("data.",)).data
+
+
+def full_config(argv: Sequence[str], checked: tuple[str, ...] = ("data.", "model.")) -> Config:
+    """As `data_config`, all sections; those of `checked` have their numbers within range."""
+    names = "|".join(field.name for field in fields(DataConfig))
+    cfg = load([re.sub(rf"^(\+*)({names})(?=[.=])", r"\1data.\2", word) for word in argv])
+    broken = [violation for violation in bound_violations(cfg) if violation.option.startswith(checked)]
+    if broken:
+        raise ConfigError(broken)
+    return cfg
+
+
+def build(argv: list[str]) -> int:
+    """Build what training would build; tell where it is and how much it holds."""
+    started = time.monotonic()
+    try:
+        cfg = data_config(argv)
+        prepare(cfg, lambda line: print(line, flush=True))
+        found = entries(cfg)
+        size = 0
+        for folder, share in found:
+            meta = read_meta(folder)
+            size += meta["bytes"]
+            print(f"{folder}" + (f" ({share:.1%} of the samples)" if len(found) > 1 else ""))
+            for name in (split for split in SPLITS if split in meta["splits"]):
+                split = meta["splits"][name]
+                print(f"  {name:5}  {split['documents']:>12,} documents  {split['tokens']:>15,} tokens")
+        took = time.monotonic() - started
+        print(f"{size:,} bytes of input in {took:.1f} s, {size / took / 1e6:.1f} MB/s")
+    except HelpRequested as asked:
+        print(f"{_USAGE}\n{asked}")
+    except EngineError as error:
+        print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: the next build goes on with the finished shards", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """See `engine.data.report.inspect`."""
+    from engine.data.report import inspect as report
+
+    return report.inspect(argv)
+
+
+def split(argv: list[str]) -> int:
+    """See `engine.data.report.split`."""
+    from engine.data.report import split as split_report
+
+    return split_report.split(argv)
+
+
+def verify(argv: list[str]) -> int:
+    """See `engine.data.report.verify`."""
+    from engine.data.report.verify import verify
+
+    return verify(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "build": build,
+    "inspect": inspect,
+    "split": split,
+    "verify": verify,
+}
+
+_USAGE = """\
+usage: python -m engine.data COMMAND [group=choice ...] [option=value ...]
+
+  build     make tokenizer and token files ready, as the first thing that training does
+  inspect   statistics and plots of a corpus, and samples of it as training reads them
+  split     sizes of train, valid and test, and the documents that are copies of each other
+  verify    read every file to the end and list all damages; also `verify PREFIX` of a .bin and .idx
+
+The other words are those of training; `data.` may be left out: source=texts vocab_size=8000
+inspect, split and verify have options of their own: `python -m engine.data inspect --help`
+"""
