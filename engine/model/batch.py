@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.parallel.cross_entropy import IGNORE
+from engine_kernels.ops import Documents
 
-__all__ = ["IGNORE", "Batch"]
+__all__ = ["IGNORE", "Batch", "Documents"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class Batch:
     """Segment of each token, int64; None: all 0."""
     sentence_B: Tensor | None = None
     """Class of each row for the sentence head, int64."""
+    documents: Documents | None = None
+    """Pieces of documents that see only themselves; labels are `IGNORE` where the next token is of another one. None:
+    a token sees all of its row that comes before it."""
 
     @property
     def length(self) -> int:
@@ -47,4 +51,5 @@ class Batch:
             lengths_B=move(self.lengths_B),
             token_types_BS=move(self.token_types_BS),
             sentence_B=move(self.sentence_B),
+            documents=None if self.documents is None else self.documents.to(device),
         )

@@ -23,7 +23,7 @@ from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
 from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from engine_kernels.ops import AttentionDropout, AttentionFn, dropout
+from engine_kernels.ops import AttentionDropout, AttentionFn, Documents, dropout
 
 _AFTER_MLP = 1
 """Salt that tells a block's second dropout of the residual stream from its first."""
@@ -75,23 +75,42 @@ class Attention(nn.Module):
             query, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg), sequence=wiring.sequence
         )
 
-    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None, drop: AttentionDropout | None) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        lengths_B: Tensor | None,
+        drop: AttentionDropout | None,
+        documents: Documents | None,
+        positions_BS: Tensor | None,
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D); the other arguments as `Block.forward` has them."""
         parts = self.qkv(x_BLD).split((self.query_size, self.kv_size, self.kv_size), dim=-1)
         q_BLNH, k_BLKH, v_BLKH = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
         q, k, v = to_heads(q_BLNH, k_BLKH, v_BLKH, self.wiring.cp)
+        seen = (lengths_B, drop, documents, positions_BS)
         if self.wiring.recompute_attention and torch.is_grad_enabled():
-            o = checkpoint(self._core, q, k, v, lengths_B, drop, use_reentrant=False, preserve_rng_state=False)
+            o = checkpoint(self._core, q, k, v, *seen, use_reentrant=False, preserve_rng_state=False)
         else:
-            o = self._core(q, k, v, lengths_B, drop)
+            o = self._core(q, k, v, *seen)
         return self.out(to_positions(o, self.wiring.cp).flatten(-2))
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, lengths_B: Tensor | None, drop: AttentionDropout | None) -> Tensor:
+    def _core(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths_B: Tensor | None,
+        drop: AttentionDropout | None,
+        documents: Documents | None,
+        positions_BS: Tensor | None,
+    ) -> Tensor:
         """Some heads of all positions of the sequence, (B, S, N, H) and twice (B, S, K, H) -> (B, S, N, H)."""
         rotary = self.wiring.rotary
         if rotary is not None:
-            q, k = rotary.rotate(q), rotary.rotate(k)
-        return self.wiring.attention(q, k, v, causal=self.causal, scale=self.scale, lengths_B=lengths_B, dropout=drop)
+            q, k = rotary.rotate(q, positions_BS), rotary.rotate(k, positions_BS)
+        return self.wiring.attention(
+            q, k, v, causal=self.causal, scale=self.scale, lengths_B=lengths_B, dropout=drop, documents=documents
+        )
 
 
 class MLP(nn.Module):
@@ -147,6 +166,8 @@ class Block(nn.Module):
         keys_BL: Tensor | None = None,
         lengths_B: Tensor | None = None,
         drop: AttentionDropout | None = None,
+        documents: Documents | None = None,
+        positions_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D).
 
@@ -154,11 +175,14 @@ class Block(nn.Module):
             keys_BL: keys of the residual stream's dropout, int32; None: no dropout.
             lengths_B: positions of the whole sequence before its padding, None: no row is padded.
             drop: dropout of the attention weights.
+            documents: of the whole sequences, to attend inside of; None: over all of a row.
+            positions_BS: rotary positions of the whole sequences, int64; None: those in the row.
         """
+        seen = (lengths_B, drop, documents, positions_BS)
         if self.post_norm:
-            x_BLD = self.attention_norm(x_BLD + self._drop(self.attention(x_BLD, lengths_B, drop), keys_BL, 0))
+            x_BLD = self.attention_norm(x_BLD + self._drop(self.attention(x_BLD, *seen), keys_BL, 0))
             return self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP))
-        x_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), lengths_B, drop), keys_BL, 0)
+        x_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), *seen), keys_BL, 0)
         return x_BLD + self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP)
 
     def _drop(self, x_BLD: Tensor, keys_BL: Tensor | None, salt: int) -> Tensor:
@@ -173,5 +197,5 @@ def run_block(cfg: ModelConfig, wiring: Wiring, site: int, module: nn.Module, x_
         heads = cfg.num_heads // wiring.tp.size // wiring.cp.size
         first_head = (wiring.tp.rank * wiring.cp.size + wiring.cp.rank) * heads
         drop = feed.attention_dropout(cfg.attention_dropout, site, first_head, heads)
-    out: Tensor = module(x_BLD, keys_BL, feed.lengths_B, drop)
+    out: Tensor = module(x_BLD, keys_BL, feed.lengths_B, drop, feed.documents, feed.document_positions_BS)
     return out

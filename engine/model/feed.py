@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.dist.rng import stream_seed
-from engine.model.batch import IGNORE, Batch
+from engine.model.batch import IGNORE, Batch, Documents
 from engine_kernels.ops import AttentionDropout, attention_keys, row_keys
 
 
@@ -31,6 +31,10 @@ class Feed:
     """Positions in the whole sequence of the residual stream's, int64."""
     lengths_B: Tensor | None
     """Positions of the whole sequence before its padding."""
+    documents: Documents | None
+    """Of the whole sequences."""
+    document_positions_BS: Tensor | None
+    """Positions of the whole sequence in their documents, int64."""
     sentence_B: Tensor | None
     samples_B: Tensor
     first_sample: int
@@ -41,6 +45,13 @@ class Feed:
     sentences: Tensor
     """Rows with a sentence class in the global batch, fp32 scalar."""
     seed: int
+
+    @property
+    def embedded_positions(self) -> Tensor:
+        """Positions of the residual stream's that the model sees: (L,), or (B, L) when they restart in a row."""
+        if self.document_positions_BS is None:
+            return self.positions_L
+        return self.document_positions_BS[:, self.positions_L]
 
     def keys_BL(self, site: int) -> Tensor:
         """Dropout keys of the residual stream's elements at `site`, int32; see `engine_kernels.ops.dropout`."""
@@ -67,9 +78,13 @@ def make_feed(batch: Batch, counts: tuple[Tensor, Tensor], ctx: ParallelContext,
         sequence: the residual stream is cut over tp as well.
         seed: of dropout.
     """
-    length = batch.length
+    rows, length = batch.tokens_BS.shape
     first_sample = int(batch.samples_B[0])
+    if batch.documents is not None:
+        end = int(batch.documents.starts[-1])
+        assert end == rows * length, f"documents end at {end} of {rows * length} positions"
     batch = batch.to(ctx.device)
+    documents = batch.documents
     start, stop = _run(0, length, ctx.cp)
     stream = _run(start, stop - start, ctx.tp) if sequence else (start, stop)
     types = batch.token_types_BS
@@ -79,6 +94,8 @@ def make_feed(batch: Batch, counts: tuple[Tensor, Tensor], ctx: ParallelContext,
         types_BL=None if types is None else types[:, stream[0] : stream[1]],
         positions_L=torch.arange(*stream, device=ctx.device),
         lengths_B=batch.lengths_B,
+        documents=documents,
+        document_positions_BS=None if documents is None else documents.positions(rows, length),
         sentence_B=batch.sentence_B,
         samples_B=batch.samples_B,
         first_sample=first_sample,

@@ -36,9 +36,9 @@ class LearnedPositions(nn.Module):
         shape = (cfg.max_positions, cfg.hidden_size)
         self.weight = make_parameter(shape, LogicalTensor(shape, init_std=cfg.init_std, role="embedding"))
 
-    def forward(self, x_BLD: Tensor, positions_L: Tensor) -> Tensor:
-        """(B, L, D) at `positions_L` (int64) -> (B, L, D)."""
-        return x_BLD + whole(self.weight, self.tp, sequence=self.sequence)[positions_L]
+    def forward(self, x_BLD: Tensor, positions: Tensor) -> Tensor:
+        """(B, L, D) at `positions`, int64 (L,) or (B, L), -> (B, L, D)."""
+        return x_BLD + whole(self.weight, self.tp, sequence=self.sequence)[positions]
 
 
 def drop_embeddings(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:
@@ -59,7 +59,7 @@ def _embed_and_drop(cfg: ModelConfig, module: nn.Module, x: None, feed: Feed) ->
 
 
 def _add_positions(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:
-    return drop_embeddings(cfg, module, module(x_BLD, feed.positions_L), feed)
+    return drop_embeddings(cfg, module, module(x_BLD, feed.embedded_positions), feed)
 
 
 def _normalise(module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor:

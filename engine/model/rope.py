@@ -18,9 +18,14 @@ class RotaryTable:
         self.cos_SH = torch.cos(angles).float().to(device)
         self.sin_SH = torch.sin(angles).float().to(device)
 
-    def rotate(self, x_BSNH: Tensor) -> Tensor:
-        """Rotate each pair (x_i, x_{i + H/2}) by its position's angle; the dtype is kept, the product is fp32."""
-        length = x_BSNH.shape[1]
-        cos, sin = (t[None, :length, None, :] for t in (self.cos_SH, self.sin_SH))
+    def rotate(self, x_BSNH: Tensor, positions_BS: Tensor | None = None) -> Tensor:
+        """Rotate each pair (x_i, x_{i + H/2}) by its position's angle; the dtype is kept, the product is fp32.
+
+        Positions are `positions_BS`, int64; None: 0 to S - 1 in each row.
+        """
+        if positions_BS is None:
+            cos, sin = (t[None, : x_BSNH.shape[1], None, :] for t in (self.cos_SH, self.sin_SH))
+        else:
+            cos, sin = (t[positions_BS][:, :, None, :] for t in (self.cos_SH, self.sin_SH))
         first, second = x_BSNH.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSNH.dtype)

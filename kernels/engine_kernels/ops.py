@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine_kernels.documents import Documents
+from engine_kernels.packed import packed_attention
 from engine_kernels.reference.attention import AttentionDropout, key_mask
 from engine_kernels.reference.attention import attention as reference_attention
 from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
@@ -17,6 +19,7 @@ from engine_kernels.seeded import seeded
 __all__ = [
     "AttentionDropout",
     "AttentionFn",
+    "Documents",
     "attention_keys",
     "cudnn_attention",
     "dropout",
@@ -38,6 +41,7 @@ class AttentionFn(Protocol):
         scale: float | None = None,
         lengths_B: Tensor | None = None,
         dropout: AttentionDropout | None = None,
+        documents: Documents | None = None,
     ) -> Tensor: ...
 
 
@@ -49,8 +53,11 @@ def _sdpa(
     causal: bool,
     scale: float | None,
     lengths_B: Tensor | None,
+    documents: Documents | None,
     p: float,
 ) -> Tensor:
+    if documents is not None:
+        return packed_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, documents=documents, p=p)
     groups, mask_B11S = q_BSNH.shape[2] // k_BSKH.shape[2], None
     if lengths_B is not None and not causal:
         mask_B11S = key_mask(lengths_B, k_BSKH.shape[1])[:, None, None]
@@ -86,19 +93,19 @@ def sdpa_attention(
     scale: float | None = None,
     lengths_B: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention with the backend that torch picks.
 
     Causal attention needs no mask for padding at the end: a query before it sees nothing after itself. Otherwise the
     padding is a bool mask (B, 1, 1, S) over the keys, which torch's cuDNN, memory-efficient and math backends take
     unexpanded; its flash backend takes none. Dropped weights are drawn by the backend from `dropout.seed`, with a
-    break in a compiled graph.
+    break in a compiled graph. Documents: see `engine_kernels.packed`.
     """
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "lengths_B": lengths_B, "documents": documents}
     if dropout is None or dropout.p == 0.0:
-        return _sdpa(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=0.0)
-    return _seeded_sdpa(
-        dropout.seed, q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, p=dropout.p
-    )
+        return _sdpa(q_BSNH, k_BSKH, v_BSKH, p=0.0, **options)
+    return _seeded_sdpa(dropout.seed, q_BSNH, k_BSKH, v_BSKH, p=dropout.p, **options)
 
 
 def cudnn_attention(
@@ -110,8 +117,12 @@ def cudnn_attention(
     scale: float | None = None,
     lengths_B: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    documents: None = None,
 ) -> Tensor:
-    """torch's attention held to the cuDNN backend, which on Hopper is about twice as fast as its flash backend."""
+    """torch's attention held to the cuDNN backend, which on Hopper is about twice as fast as its flash backend.
+
+    It takes no documents.
+    """
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, dropout=dropout)
 
@@ -125,6 +136,8 @@ def _cudnn_supports(s: Situation) -> str | None:
         return f"takes bf16 and fp16, not {s.dtype}"
     if s.head_dim % 8 or s.head_dim > 128:
         return f"takes head dims that are multiples of 8 up to 128, not {s.head_dim}"
+    if s.documents:
+        return "has no attention inside the documents of packed rows in torch"
     version = torch.backends.cudnn.version() or 0
     if s.dropout and 91100 < version < 91400:
         return f"drops no attention weights in cuDNN 9.11 to 9.13, and this is {version}"

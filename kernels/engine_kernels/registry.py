@@ -18,6 +18,8 @@ class Situation:
     head_dim: int = 0
     dropout: bool = False
     """Attention weights are dropped."""
+    documents: bool = False
+    """Attention stays inside the documents of packed rows."""
 
 
 @dataclass(frozen=True, slots=True)

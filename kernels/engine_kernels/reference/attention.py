@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine_kernels.documents import Documents
 from engine_kernels.reference.dropout import dropout as drop
 
 
@@ -37,6 +38,7 @@ def attention(
     scale: float | None = None,
     lengths_B: Tensor | None = None,
     dropout: AttentionDropout | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Attention with grouped key and value heads; scores and softmax in fp32 (fp64 for fp64 inputs).
 
@@ -48,6 +50,8 @@ def attention(
         lengths_B: positions of each row before its padding, integers; None: no padding. Keys of the padding get no
             weight from a query before it. Outputs of padded queries are finite and mean nothing.
         dropout: how weights are dropped; None: not at all. Its mask is the same in every layout.
+        documents: a position sees its own document only; None: its row. Padding is a document, so that `lengths_B`
+            says nothing more.
 
     Returns:
         (B, S, N, H) in the dtype of `q_BSNH`.
@@ -61,7 +65,11 @@ def attention(
     if causal:
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         scores_BNST = scores_BNST.masked_fill(future, float("-inf"))
-    if lengths_B is not None:
+    if documents is not None:
+        number_BS = documents.numbers(q_BSNH.shape[0], length)
+        other_BST = number_BS[:, :, None] != number_BS[:, None]
+        scores_BNST = scores_BNST.masked_fill(other_BST[:, None], float("-inf"))
+    elif lengths_B is not None:
         scores_BNST = scores_BNST.masked_fill(~key_mask(lengths_B, length)[:, None, None], float("-inf"))
     weights_BNST = scores_BNST.softmax(dim=-1)
     if dropout is not None:

@@ -106,3 +106,14 @@ def test_cudnn_versions_that_cannot_drop(
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     choice = choose("attention", "auto", Situation(GPU.device, GPU.dtype, head_dim=64, dropout=dropout))
     assert choice.refused == (() if reason is None else (("sdpa_cudnn", reason),))
+
+
+def test_cudnn_is_passed_over_for_documents_and_refused_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    packed = Situation(GPU.device, GPU.dtype, head_dim=64, documents=True)
+    choice = choose("attention", "auto", packed)
+    reason = "has no attention inside the documents of packed rows in torch"
+    assert choice.impl.fn is ops.sdpa_attention
+    assert choice.refused == (("sdpa_cudnn", reason),)
+    with pytest.raises(KernelUnavailable, match=rf"attention=sdpa_cudnn cannot run here \(sdpa_cudnn: {reason}\)"):
+        choose("attention", "sdpa_cudnn", packed)

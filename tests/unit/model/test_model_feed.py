@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.dist.context import SINGLE, AxisGroup, ParallelContext
-from engine.model.batch import IGNORE, Batch
+from engine.model.batch import IGNORE, Batch, Documents
 from engine.model.feed import Feed, count_targets, make_feed
 from tests.helpers.models import BERT, GPT2, batch_of
 from tests.helpers.threads import context_of, on_axis
@@ -96,8 +96,11 @@ def test_a_global_batch_without_targets_divides_by_one() -> None:
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = batch_of(BERT, 2, 8, padded=True).to(torch.device("meta"))
+    documents = Documents(torch.tensor([0, 8, 16], dtype=torch.int32), 8)
+    batch = replace(batch_of(BERT, 2, 8, padded=True), documents=documents).to(torch.device("meta"))
     assert tuple(batch.tokens_BS.shape) == (2, 8)
-    for field in Batch.__slots__:
+    assert batch.documents is not None
+    assert batch.documents.starts.device.type == "meta"
+    for field in set(Batch.__slots__) - {"documents"}:
         assert getattr(batch, field).device.type == "meta", field
     assert batch_of(GPT2).to(torch.device("meta")).lengths_B is None
