@@ -1,0 +1,1 @@
+"""What `python -m engine.data inspect`, `verify` and `split` find out."""
