@@ -88,7 +88,11 @@ def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
     for step in range(train.steps):
         start = time.perf_counter()
         batches = split.micro_batches(
-            step, dp_rank=0, dp=1, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+            step * train.micro_batch * train.accum_steps,
+            dp_rank=0,
+            dp=1,
+            micro_batch=train.micro_batch,
+            accum_steps=train.accum_steps,
         )
         # Reading the loss waits for the step.
         losses.append(float(engine.train_step(batches, learning_rate(cfg.optim, step, train.steps)).loss))

@@ -127,7 +127,7 @@ def train(model: nn.Module, cfg: Config) -> Curves:
     inputs = _gpt_inputs if cfg.model.family is Family.gpt else _bert_inputs
     curves = Curves()
     for step in range(steps):
-        batch = next(split.micro_batches(step, dp_rank=0, dp=1, micro_batch=rows, accum_steps=1))
+        batch = next(split.micro_batches(step * rows, dp_rank=0, dp=1, micro_batch=rows, accum_steps=1))
         loss: Tensor = model(**inputs(batch)).loss
         optimizer.zero_grad()
         loss.backward()

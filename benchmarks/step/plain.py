@@ -74,7 +74,11 @@ def main(argv: list[str]) -> None:
     for step in range(train.steps):
         start = time.perf_counter()
         batches = split.micro_batches(
-            step, dp_rank=0, dp=1, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+            step * train.micro_batch * train.accum_steps,
+            dp_rank=0,
+            dp=1,
+            micro_batch=train.micro_batch,
+            accum_steps=train.accum_steps,
         )
         loss = loop.step(batches, learning_rate(cfg.optim, step, train.steps))
         losses.append(float(loss))

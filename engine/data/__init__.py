@@ -1,28 +1,34 @@
-"""Corpora, tokenizer, token files and the order of samples.
+"""Corpora, tokenizers, token files and the order of samples.
 
-`prepare` turns a corpus into a cache entry once; `open_data` memory-maps it; `Split.micro_batches` reads it. No process
-group is needed: which replica reads which sample is arithmetic (`engine.data.sampler`). Errors have codes OCT401-420.
+`prepare` turns sources into cache entries once; `open_data` memory-maps them; `Split.micro_batches` reads them. No
+process group is needed: which replica reads which sample is arithmetic (`engine.data.samples.sampler`).
+Errors have codes OCT401-474.
 """
 
-from engine.data.batches import Split
-from engine.data.build import RANDOM_SOURCE, prepare
-from engine.data.corpus import Document, corpus_fingerprint, documents, is_validation
-from engine.data.sampler import sample_numbers
-from engine.data.source import Data, open_data
-from engine.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, load_tokenizer
+from __future__ import annotations
 
-__all__ = [
-    "END_OF_TEXT",
-    "END_OF_TEXT_ID",
-    "RANDOM_SOURCE",
-    "Data",
-    "Document",
-    "Split",
-    "corpus_fingerprint",
-    "documents",
-    "is_validation",
-    "load_tokenizer",
-    "open_data",
-    "prepare",
-    "sample_numbers",
-]
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.data.build.prepare import prepare
+    from engine.data.samples.batches import Split
+    from engine.data.samples.sampler import sample_numbers
+    from engine.data.source import Data, open_data
+
+__all__ = ["Data", "Split", "open_data", "prepare", "sample_numbers"]
+
+# Imported when asked for: the processes that build token files must not wait for torch.
+_HOMES = {
+    "Data": "source",
+    "Split": "samples.batches",
+    "open_data": "source",
+    "prepare": "build.prepare",
+    "sample_numbers": "samples.sampler",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,137 +3,155 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from engine.config.enums import Family, SentenceHead
-from engine.config.schema import DataConfig, ModelConfig
-from engine.data.batches import Split
-from engine.data.build import RANDOM_SOURCE
-from engine.data.cache import TOKENIZER, TRAIN, VALID, cache_root, entry_folder, read_meta
-from engine.data.dataset import NextTokenSamples, Samples
-from engine.data.masked import FIRST_RANDOM_TOKEN, MaskedSamples, MaskedVocabulary, makes_pairs
-from engine.data.sampler import shuffled
-from engine.data.tokenizer import load_tokenizer
-from engine.data.tokens import TokenFile
-from engine.data.windows import Cut, DocumentWindows, FileWindows, RandomWindows, Windows
-from engine.errors import DataError
+import numpy as np
 
-_TRAIN, _VALID = 0, 1
-"""Streams of random numbers of the two splits."""
+from engine.config.enums import Family
+from engine.config.schema import ModelConfig
+from engine.config.schema_data import DataConfig
+from engine.data.build.cache import RANDOM_SOURCE, SPLITS, TOKENIZER, cache_root, entries, read_meta
+from engine.data.samples.batches import Split
+from engine.data.samples.blend import Blended, BlendedOrder, interleaved
+from engine.data.samples.dataset import Samples
+from engine.data.samples.make import FIRST_RANDOM_TOKEN, Maker
+from engine.data.samples.sampler import Shuffle
+from engine.data.samples.stream import Positions, Stream
+from engine.data.storage.indexed import IndexedFile
+from engine.data.tokenizer.vocabulary import Vocabulary, vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """An opened corpus. `vocab_size` is the tokenizer's actual size, at most data.vocab_size.
+    """An opened corpus. `valid` and `test` are None when no documents were held out for them.
 
-    `valid` is None when data.valid_fraction is 0. `fingerprint` identifies tokenizer and tokens by content: it is equal
-    on two machines when they train on the same data. `folder` is the cache entry (for `random` the cache root).
+    `fingerprint` identifies tokenizer and tokens by content: it is equal on two machines when they train on the same
+    data. `folder` is the cache entry, of a blend the first source's (for `random` the cache root). `notes`: lines
+    about the data that the user should read.
     """
 
     train: Split
     valid: Split | None
-    vocab_size: int
+    test: Split | None
+    vocabulary: Vocabulary
     fingerprint: str
     folder: Path
+    notes: tuple[str, ...] = ()
 
 
 def open_data(cfg: DataConfig, model: ModelConfig) -> Data:
     """Memory-map what `prepare` built for `cfg`, and make the samples that `model` learns from.
 
-    A `gpt` predicts each next token; a `bert` gets masked tokens, and pairs of segments when it has a sentence head or
-    segment embeddings. Training is shuffled by data.seed and has no end; validation reads once, in file order.
+    A `gpt` predicts each next token, or completions; a `bert` gets masked tokens, and pairs of segments when it has a
+    sentence head or segment embeddings, or texts with classes. Training is shuffled by data.seed and the fingerprint,
+    and has no end; with a blend its order of sources is `engine.data.samples.blend`'s. Validation and test read once,
+    in file order, the sources of a blend evenly mixed.
 
-    Raises DataError: 406 the tokenizer is damaged, 407 to 409 a token file is missing, foreign or truncated, 411 it is
-    shorter than one sample, 412 nothing was prepared, 413 the entry is damaged, 417 data.seq_len is too short for
-    `model`, 418 no document is long enough, 419 no other sample can give a next sentence, 420 too few random tokens.
+    Raises DataError: 411 a split is shorter than one sample, 412 nothing was prepared, 413 an entry is damaged, 417
+    data.seq_len is too short for `model`, 418 no document is long enough, 419 no other sample can give a next
+    sentence, 420 too few random tokens, 430 to 437 token files are damaged, 460 and 464 the tokenizer lacks tokens,
+    461 and 462 labels, 463 completions.
     """
-    cut = _cut(cfg, model)
-    if cfg.source == RANDOM_SOURCE:
-        return _random_data(cfg, model, cut)
-    folder = entry_folder(cfg)
-    meta = read_meta(folder)
-    vocabulary = None
-    if model.family is Family.bert:
-        vocabulary = MaskedVocabulary.of_tokenizer(load_tokenizer(folder / TOKENIZER))
-
-    def split(name: str, stream: int) -> Samples:
-        file = TokenFile.open(folder / name)
-        windows: Windows
-        if cfg.variable_length:
-            windows = DocumentWindows(file, cut, with_end=vocabulary is None)
-        else:
-            windows = FileWindows(file, cut)
-        if model.sentence_head is SentenceHead.next_sentence and windows.num_windows < 2:
-            raise _no_other_sample(cfg, model, file)
-        return _samples(cfg, model, windows, vocabulary, stream)
-
+    if cfg.source == RANDOM_SOURCE and not cfg.blend:
+        return _random_data(cfg, model)
+    found = entries(cfg)
+    folders, weights = [folder for folder, _ in found], [weight for _, weight in found]
+    metas = [read_meta(folder) for folder in folders]
+    maker = Maker(cfg, model, vocabulary_of(folders[0] / TOKENIZER))
+    facts = [metas[0]["fingerprint"]]
+    if len(found) > 1:
+        facts = [(meta["fingerprint"], weight) for meta, weight in zip(metas, weights, strict=True)]
+    fingerprint = facts[0] if len(facts) == 1 else _digest(facts)
+    parts: dict[str, list[Samples]] = {}
     # Validation first: its file is the smaller one, so a length that a refusal names fits both.
-    valid = split(VALID, _VALID) if meta["valid"] is not None else None
-    train = split(TRAIN, _TRAIN)
+    for name in reversed(SPLITS):
+        number = SPLITS.index(name)
+        parts[name] = [
+            _samples(maker, folder, meta["prefix"], name, number)
+            for folder, meta in zip(folders, metas, strict=True)
+            if name in meta["splits"]
+        ]
+    end = maker.vocabulary.end
     return Data(
-        Split(train, partial(shuffled, cfg.seed, train.num_samples), finite=False),
-        None if valid is None else Split(valid, partial(_wrapped, valid.num_samples), finite=True),
-        meta["vocab_size"],
-        meta["fingerprint"],
-        folder,
+        train=_training(parts["train"], cfg.seed, [meta["fingerprint"] for meta in metas], weights, end),
+        valid=_held_out(parts["valid"], end),
+        test=_held_out(parts["test"], end),
+        vocabulary=maker.vocabulary,
+        fingerprint=fingerprint,
+        folder=folders[0],
+        notes=tuple(maker.notes),
     )
 
 
-def _wrapped(num_samples: int, number: int) -> int:
-    return number % num_samples
+def _digest(facts: object) -> str:
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
-def _cut(cfg: DataConfig, model: ModelConfig) -> Cut:
-    if model.family is Family.gpt:
-        return Cut(seq_len=cfg.seq_len, specials=0, overlap=1, shortest=2)
-    pairs = makes_pairs(model)
-    cut = Cut(seq_len=cfg.seq_len, specials=2 + pairs, overlap=0, shortest=1 + pairs)
-    if cut.width < cut.shortest:
-        legal = cut.specials + cut.shortest
-        form = "[CLS] A [SEP] B [SEP]" if pairs else "[CLS] A [SEP]"
-        rule = f"a sample of this bert model is {form}, at least {legal} tokens"
-        raise DataError.of(417, "data.seq_len", cfg.seq_len, rule, f"Nearest legal: data.seq_len={legal}")
-    return cut
+def _samples(maker: Maker, folder: Path, prefix: str | None, name: str, number: int) -> Samples:
+    labels = folder / f"{name}.labels.npy"
+    if prefix is None:
+        stream = Stream(IndexedFile.open(folder / name, "data.cache_dir"))
+        return maker.samples(stream, number, own=True, labels=labels)
+    documents = np.load(folder / f"{name}.documents.npy")
+    return maker.samples(Stream(IndexedFile.open(Path(prefix)), documents), number, own=False, labels=labels)
 
 
-def _samples(
-    cfg: DataConfig, model: ModelConfig, windows: Windows, vocabulary: MaskedVocabulary | None, stream: int
-) -> Samples:
-    if vocabulary is None:
-        return NextTokenSamples(windows)
-    return MaskedSamples(windows, vocabulary, model, cfg.mask_rate, (cfg.seed, stream))
+def _training(parts: list[Samples], seed: int, fingerprints: list[str], weights: list[float], end: int) -> Split:
+    orders = [
+        Shuffle(seed, fingerprint, part.num_samples) for fingerprint, part in zip(fingerprints, parts, strict=True)
+    ]
+    if len(parts) == 1:
+        return Split(parts[0], orders[0], finite=False, end=end)
+    blended = Blended(parts, end)
+    return Split(blended, BlendedOrder(blended, weights, orders), finite=False, end=end)
 
 
-def _no_other_sample(cfg: DataConfig, model: ModelConfig, file: TokenFile) -> Exception:
-    shorter = "a smaller data.seq_len" if cfg.variable_length else f"data.seq_len={file.count // 2 + 3}"
-    way_out = f"Nearest legal: {shorter}, or model.sentence_head=sentence_order"
-    rule = f"a wrong next sentence comes from another sample, and {file.path} has one of data.seq_len {cfg.seq_len}"
-    return DataError.of(419, "model.sentence_head", model.sentence_head, rule, way_out)
+def _held_out(parts: list[Samples], end: int) -> Split | None:
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return Split(parts[0], _repeated(parts[0].num_samples), finite=True, end=end)
+    blended = Blended(parts, end)
+    order = blended.index(*interleaved([part.num_samples for part in parts]).T)
+    return Split(blended, lambda numbers: order[numbers % len(order)], finite=True, end=end)
 
 
-def _random_data(cfg: DataConfig, model: ModelConfig, cut: Cut) -> Data:
-    vocabulary, first = None, 0
-    if model.family is Family.bert:
-        vocabulary, first = MaskedVocabulary.of_random(cfg.vocab_size), FIRST_RANDOM_TOKEN
-        if cfg.vocab_size <= first:
-            rule = f"random text of a bert model takes ids from {first} on: 0 is padding, then [CLS], [SEP] and [MASK]"
-            way_out = f"Nearest legal: data.vocab_size={first + 1}"
-            raise DataError.of(420, "data.vocab_size", cfg.vocab_size, rule, way_out)
+def _repeated(num_samples: int) -> Callable[[Positions], Positions]:
+    return lambda numbers: numbers % num_samples
 
-    def split(stream: int) -> Split:
-        windows = RandomWindows(
-            cfg.seed, stream, cut, first=first, vocab_size=cfg.vocab_size, variable_length=cfg.variable_length
-        )
-        samples = _samples(cfg, model, windows, vocabulary, stream)
-        return Split(samples, partial(_wrapped, samples.num_samples), finite=stream == _VALID)
 
-    facts = f"{RANDOM_SOURCE} {cfg.vocab_size} {cfg.seed}"
+def _random_data(cfg: DataConfig, model: ModelConfig) -> Data:
+    vocabulary = _random_vocabulary(cfg, model)
+    maker = Maker(cfg, model, vocabulary)
+
+    def split(number: int) -> Split:
+        samples = maker.random(number)
+        return Split(samples, _repeated(samples.num_samples), finite=number > 0, end=vocabulary.end)
+
     return Data(
-        train=split(_TRAIN),
-        valid=split(_VALID) if cfg.valid_fraction > 0 else None,
-        vocab_size=cfg.vocab_size,
-        fingerprint=hashlib.blake2b(facts.encode(), digest_size=16).hexdigest(),
+        train=split(0),
+        valid=split(1) if cfg.valid_fraction > 0 else None,
+        test=split(2) if cfg.test_fraction > 0 else None,
+        vocabulary=vocabulary,
+        fingerprint=_digest(f"{RANDOM_SOURCE} {cfg.vocab_size} {cfg.seed}"),
         folder=cache_root(cfg),
+    )
+
+
+def _random_vocabulary(cfg: DataConfig, model: ModelConfig) -> Vocabulary:
+    """Every third id of text begins a word."""
+    ids, bert = np.arange(cfg.vocab_size), model.family is Family.bert
+    text = ids >= (FIRST_RANDOM_TOKEN if bert else 1)
+    cls, sep, mask = (1, 2, 3) if bert else (None, None, None)
+    return Vocabulary(
+        size=cfg.vocab_size,
+        end=0,
+        cls=cls,
+        sep=sep,
+        mask=mask,
+        fim=None,
+        text=text,
+        word_start=~text | (ids % 3 == 0),
     )

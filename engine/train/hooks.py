@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from engine.checkpoint.weights import save_weights
-from engine.config.derived import sequence_multiple
 from engine.config.enums import WandbMode
 from engine.config.schema import Config
 from engine.data import Data
@@ -24,7 +23,7 @@ from engine.observe.sinks import Fanout, JsonlSink, MetricSink, WandbSink
 from engine.observe.throughput import StepTimer
 from engine.plan.costs import flops_per_token
 from engine.protocols import Engine, StepResult
-from engine.train.loop import Hook
+from engine.train.loop import Hook, global_batch, load
 
 
 class _Quiet:
@@ -33,7 +32,7 @@ class _Quiet:
     def before_training(self) -> None:
         pass
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         pass
 
     def after_training(self, summary: dict[str, Any]) -> None:
@@ -44,6 +43,8 @@ class Metrics(_Quiet):
     """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps.
 
     Tokens and speed are said where each sample has data.seq_len tokens: with data.variable_length nobody counts them.
+    `step_s` is the mean time of the steps since the line before, validation left out, and `data_wait_s` the part of it
+    that rank 0 waited for its batch; `data_wait_share` in the summary is that part over the whole run.
     """
 
     def __init__(
@@ -55,23 +56,28 @@ class Metrics(_Quiet):
         self._flops = flops_per_token(cfg.model, cfg.data.seq_len)
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._since, self._steps_since, self.excluded_s = 0.0, 0, 0.0
+        self._waited_s, self._all_waited_s, self._all_steps_s = 0.0, 0.0, 0.0
         self._last: dict[str, float] = {}
 
     def before_training(self) -> None:
         self._since = time.perf_counter()
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         self._steps_since += 1
+        self._waited_s += data_wait_s
         if step % self._cfg.logging.every and step != self._cfg.train.steps:
             return
         metrics = {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr": lr}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             warn(f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: no update of the weights")
         now = time.perf_counter()
-        step_s = (now - self._since - self.excluded_s) / self._steps_since
+        spent_s = now - self._since - self.excluded_s
+        step_s = spent_s / self._steps_since
+        self._all_steps_s += spent_s
+        self._all_waited_s += self._waited_s
         for _ in range(self._steps_since):
             self._timer.add(step_s, self._tokens)
-        metrics["step_s"] = step_s
+        metrics |= {"step_s": step_s, "data_wait_s": self._waited_s / self._steps_since}
         if not self._cfg.data.variable_length:
             metrics |= {"tokens": float(step * self._tokens)} | self._speed()
         if self._device.type == "cuda":
@@ -79,7 +85,7 @@ class Metrics(_Quiet):
         self._sink.write(step, metrics)
         left = self._timer.time_left_s(self._cfg.train.steps - step)
         self._progress.update(step, metrics | ({} if left is None else {"time_left_s": left}))
-        self._since, self._steps_since, self.excluded_s, self._last = now, 0, 0.0, metrics
+        self._since, self._steps_since, self.excluded_s, self._waited_s, self._last = now, 0, 0.0, 0.0, metrics
 
     def _speed(self) -> dict[str, float]:
         tokens_per_s = self._timer.tokens_per_s() or 0.0
@@ -92,6 +98,7 @@ class Metrics(_Quiet):
     def after_training(self, summary: dict[str, Any]) -> None:
         self._progress.close()
         summary["steps"] = self._cfg.train.steps
+        summary["data_wait_share"] = self._all_waited_s / self._all_steps_s if self._all_steps_s else 0.0
         summary |= {f"final_{name}" if name == "loss" else name: value for name, value in self._last.items()}
 
 
@@ -105,30 +112,25 @@ class Validation(_Quiet):
     def before_training(self) -> None:
         self._evaluate(0)
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         every = self._cfg.train.eval_every
         if step == self._cfg.train.steps or (every and step % every == 0):
             self._evaluate(step)
 
     def _evaluate(self, step: int) -> None:
-        train, dp, valid = self._cfg.train, self._engine.ctx.dp, self._data.valid
+        cfg, ctx, valid = self._cfg, self._engine.ctx, self._data.valid
         assert valid is not None
         start = time.perf_counter()
-        size = train.micro_batch * train.accum_steps * dp.size
+        size = global_batch(cfg, ctx)
+        count = min(cfg.train.eval_batches, valid.num_batches(size))
+        firsts = range(0, count * size, size)
         total, samples = 0.0, 0
-        for index in range(min(train.eval_batches, valid.num_batches(size))):
-            batches = valid.micro_batches(
-                index,
-                dp_rank=dp.rank,
-                dp=dp.size,
-                micro_batch=train.micro_batch,
-                accum_steps=train.accum_steps,
-                multiple=sequence_multiple(self._cfg.parallel),
-            )
-            # The last batch may hold fewer samples than the others.
-            held = min(size, valid.num_samples - index * size)
-            total += float(self._engine.eval_step(batches)) * held
-            samples += held
+        with load(valid, firsts, cfg, ctx) as loader:
+            for first, batches in zip(firsts, loader, strict=True):
+                # The last batch may hold fewer samples than the others.
+                held = min(size, valid.num_samples - first)
+                total += float(self._engine.eval_step(batches)) * held
+                samples += held
         loss = total / samples
         self._losses.append(loss)
         self._sink.write(step, {"val_loss": loss})
@@ -155,7 +157,7 @@ class Profile(_Quiet):
         if self._first == 0:
             self._profiler.start()
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         if step in (self._first, self._last):
             float(result.loss)
         self.after_finished_step(step)
@@ -206,11 +208,10 @@ def standard_hooks(engine: Engine, data: Data, cfg: Config, folder: Path, config
         if cfg.logging.wandb is not WandbMode.disabled:
             sinks.append(WandbSink(cfg.logging.wandb_project, cfg.run.name, folder, cfg.logging.wandb, config))
         sink = Fanout(sinks)
-    train = cfg.train
-    tokens = train.micro_batch * train.accum_steps * engine.ctx.dp.size * cfg.data.seq_len
+    tokens = global_batch(cfg, engine.ctx) * cfg.data.seq_len
     metrics = Metrics(cfg, engine.ctx.grid.world_size, sink, tokens, engine.ctx.device) if main else None
     hooks: list[Hook] = [metrics] if metrics is not None else []
-    if train.eval_batches and data.valid is not None:
+    if cfg.train.eval_batches and data.valid is not None:
         hooks.append(Validation(engine, data, cfg, sink, metrics))
     if main and cfg.profile.steps:
         hooks.append(Profile(cfg, folder / "profile"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from engine.config.derived import sequence_multiple
 from engine.config.schema import Config
-from engine.data import Data
+from engine.data import Data, Split
+from engine.data.loader import Loader
+from engine.dist.context import ParallelContext
 from engine.optim.schedule import learning_rate
+from engine.plan.stages import chunk_owners, chunks
 from engine.protocols import Engine, StepResult
 
 
@@ -18,32 +22,70 @@ class Hook(Protocol):
     def before_training(self) -> None:
         """Before the first step."""
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
-        """After step number `step` (from 1)."""
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
+        """After step number `step` (from 1), for whose batch this rank has waited `data_wait_s`."""
 
     def after_training(self, summary: dict[str, Any]) -> None:
         """After the last step; may add to the summary."""
 
 
-def fit(engine: Engine, data: Data, cfg: Config, hooks: Sequence[Hook]) -> dict[str, Any]:
-    """Train for `cfg.train.steps` steps and return the summary that the hooks filled."""
-    train, dp, multiple = cfg.train, engine.ctx.dp, sequence_multiple(cfg.parallel)
-    for hook in hooks:
-        hook.before_training()
-    for step in range(train.steps):
-        batches = data.train.micro_batches(
-            step,
-            dp_rank=dp.rank,
-            dp=dp.size,
-            micro_batch=train.micro_batch,
-            accum_steps=train.accum_steps,
-            multiple=multiple,
-        )
-        lr = learning_rate(cfg.optim, step, train.steps)
-        result = engine.train_step(batches, lr)
+def fit(
+    engine: Engine,
+    data: Data,
+    cfg: Config,
+    hooks: Sequence[Hook],
+    *,
+    first_step: int = 0,
+    first_sample: int = 0,
+) -> dict[str, Any]:
+    """Train up to step `cfg.train.steps` and return the summary that the hooks filled.
+
+    Args:
+        first_step: steps done before.
+        first_sample: samples that all replicas together have read in them, in whatever layout.
+    """
+    size, steps = global_batch(cfg, engine.ctx), range(first_step, cfg.train.steps)
+    firsts = range(first_sample, first_sample + size * len(steps), size)
+    with load(data.train, firsts, cfg, engine.ctx) as loader:
         for hook in hooks:
-            hook.after_step(step + 1, result, lr)
+            hook.before_training()
+        for step, batches in zip(steps, loader, strict=True):
+            lr = learning_rate(cfg.optim, step, cfg.train.steps)
+            result = engine.train_step(batches, lr)
+            for hook in hooks:
+                hook.after_step(step + 1, result, lr, loader.wait_s)
     summary: dict[str, Any] = {}
     for hook in hooks:
         hook.after_training(summary)
     return summary
+
+
+def global_batch(cfg: Config, ctx: ParallelContext) -> int:
+    """Samples of a step, over all replicas."""
+    return cfg.train.micro_batch * cfg.train.accum_steps * ctx.dp.size
+
+
+def load(split: Split, firsts: Sequence[int], cfg: Config, ctx: ParallelContext) -> Loader:
+    """What this rank reads of the global batches that begin with the samples `firsts`."""
+    read = partial(
+        split.micro_batches,
+        dp_rank=ctx.dp.rank,
+        dp=ctx.dp.size,
+        micro_batch=cfg.train.micro_batch,
+        accum_steps=cfg.train.accum_steps,
+        multiple=sequence_multiple(cfg.parallel),
+        read=reads_text(cfg, ctx.pp.rank),
+    )
+    return Loader(read, firsts, prefetch=cfg.data.prefetch, device=ctx.device)
+
+
+def reads_text(cfg: Config, stage: int) -> bool:
+    """Whether pipeline rank `stage` has a chunk that needs tokens, segments, labels or classes.
+
+    Those are the embeddings of tokens and of segments, and the loss after the last chunk, which alone uses the count
+    of targets: its ranks all know their labels. Blocks and position embeddings see lengths and documents only.
+    """
+    parts = chunks(cfg)
+    reading = {index for index, names in enumerate(parts) if {"embed.tokens", "embed.rest"} & set(names)}
+    reading.add(len(parts) - 1)
+    return any(owner == stage and chunk in reading for chunk, owner in enumerate(chunk_owners(cfg)))

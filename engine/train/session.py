@@ -72,7 +72,11 @@ def choose_attention(cfg: Config, device: torch.device) -> Choice:
         ConfigError: the one asked for cannot run here.
     """
     situation = Situation(
-        device, init.DTYPES[cfg.precision.dtype], head_dim=head_dim(cfg.model), dropout=cfg.model.attention_dropout > 0
+        device,
+        init.DTYPES[cfg.precision.dtype],
+        head_dim=head_dim(cfg.model),
+        dropout=cfg.model.attention_dropout > 0,
+        documents=cfg.data.document_mask,
     )
     try:
         return choose("attention", str(cfg.kernels.attention), situation)
@@ -147,6 +151,8 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     folder = open_folder(cfg)
     ctx = ParallelContext.create(grid, device)
     engine = build_engine(cfg, ctx)
+    for note in data.notes:
+        log.say(note)
     hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
     summary = fit(engine, data, cfg, hooks)
     init.shutdown()

@@ -49,7 +49,11 @@ def start(cfg: Config, world: int) -> tuple[Engine, Callable[[int], Iterator[Bat
 
     def batches(step: int) -> Iterator[Batch]:
         yield from split.micro_batches(
-            step, dp_rank=ctx.dp.rank, dp=ctx.dp.size, micro_batch=train.micro_batch, accum_steps=train.accum_steps
+            step * train.micro_batch * train.accum_steps * ctx.dp.size,
+            dp_rank=ctx.dp.rank,
+            dp=ctx.dp.size,
+            micro_batch=train.micro_batch,
+            accum_steps=train.accum_steps,
         )
 
     return build_engine(cfg, ctx), batches

@@ -193,8 +193,9 @@ def weights(runs: list[tuple[str, ...]], world: int, names: list[OptimizerName])
             data, engine = open_data(cfg.data, cfg.model).train, build_engine(cfg, ctx)
             start = gather_to_main(engine.parameters(), ctx)
             sizes = {"micro_batch": cfg.train.micro_batch, "accum_steps": cfg.train.accum_steps}
+            rows = cfg.train.micro_batch * cfg.train.accum_steps * ctx.dp.size
             for step in range(STEPS):
-                batches = data.micro_batches(step, dp_rank=ctx.dp.rank, dp=ctx.dp.size, **sizes)
+                batches = data.micro_batches(step * rows, dp_rank=ctx.dp.rank, dp=ctx.dp.size, **sizes)
                 engine.train_step(batches, RATES[name] / 10)
             found[-1][name] = start, gather_to_main(engine.parameters(), ctx)
     return found

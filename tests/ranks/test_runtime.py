@@ -50,7 +50,7 @@ def start(cfg: Config, world: int) -> tuple[Engine, Callable[[int], Iterator[Bat
 def batches_of(split: Split, index: int, cfg: Config, ctx: ParallelContext) -> Iterator[Batch]:
     """This replica's micro-batches of a global batch."""
     return split.micro_batches(
-        index,
+        index * cfg.train.micro_batch * cfg.train.accum_steps * ctx.dp.size,
         dp_rank=ctx.dp.rank,
         dp=ctx.dp.size,
         micro_batch=cfg.train.micro_batch,

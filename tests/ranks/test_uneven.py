@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(split: Split, index: int, cfg: Config, ctx: ParallelContext, multiple: int) -> Iterator[Batch]:
     return split.micro_batches(
-        index,
+        index * cfg.train.micro_batch * cfg.train.accum_steps * ctx.dp.size,
         dp_rank=ctx.dp.rank,
         dp=ctx.dp.size,
         micro_batch=cfg.train.micro_batch,

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from engine.data import Data, load_tokenizer, open_data, prepare
-from engine.data.tokens import TokenFile
+from engine.data import Data, open_data, prepare
 from engine.model.batch import IGNORE
-from tests.unit.data.data_options import BERTS, GPT, NEXT_SENTENCE, by_number, config, read, same
+from tests.unit.data.data_options import (
+    BERTS,
+    GPT,
+    NEXT_SENTENCE,
+    by_number,
+    config,
+    make_corpus,
+    read,
+    same,
+    tokens_of,
+)
 
 LAYOUTS = [(1, 1, 12), (2, 3, 2), (4, 3, 1), (3, 2, 2), (12, 1, 1)]
 KINDS = {"gpt": GPT} | BERTS
@@ -19,9 +29,7 @@ KINDS = {"gpt": GPT} | BERTS
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    (root / "corpus").mkdir()
-    for i in range(12):
-        (root / "corpus" / f"{i:02}.txt").write_text(f"document {i} has number {i * i}\n" * (2 + i % 3))
+    make_corpus(root / "corpus")
     prepare(config(root), lambda line: None)
     return root
 
@@ -39,7 +47,7 @@ def test_labels_are_the_tokens_one_later(data: Data) -> None:
         assert micro.tokens_BS.dtype == micro.labels_BS.dtype == micro.samples_B.dtype == torch.int64
         assert micro.tokens_BS.is_contiguous() and micro.labels_BS.is_contiguous()
         assert torch.equal(micro.tokens_BS[:, 1:], micro.labels_BS[:, :-1])
-        assert micro.lengths_B is micro.token_types_BS is micro.sentence_B is None
+        assert micro.lengths_B is micro.token_types_BS is micro.sentence_B is micro.documents is None
 
 
 @pytest.mark.parametrize(("dp", "micro", "accum"), LAYOUTS)
@@ -64,7 +72,7 @@ def _unpadded(rows: dict[int, tuple[object, ...]]) -> dict[int, list[tuple[int, 
     """A causal row's padding is not told by a length, but has no labels."""
     return {
         number: [pair for pair in zip(tokens, labels, strict=True) if pair[1] != IGNORE]  # type: ignore[call-overload]
-        for number, (tokens, labels, _, _) in rows.items()
+        for number, (tokens, labels, *_) in rows.items()
     }
 
 
@@ -78,7 +86,7 @@ def test_batches_are_a_pure_function_of_seed_and_number(root: Path, kind: str) -
 
 
 def test_training_reads_every_sample_once_per_epoch_in_another_order(data: Data, root: Path) -> None:
-    tokens = TokenFile.open(data.folder / "train.tokens").tokens.tolist()
+    tokens = tokens_of(data.folder / "train")
     n = data.train.num_samples
     assert n == (len(tokens) - 1) // 8
     expected = sorted(tokens[i * 8 : i * 8 + 8] for i in range(n))
@@ -91,7 +99,7 @@ def test_training_reads_every_sample_once_per_epoch_in_another_order(data: Data,
 def test_validation_reads_in_file_order_and_counts_each_sample_once(data: Data) -> None:
     assert data.valid is not None
     n = data.valid.num_samples
-    tokens = TokenFile.open(data.folder / "valid.tokens").tokens.tolist()
+    tokens = tokens_of(data.folder / "valid")
     assert n == (len(tokens) - 1) // 8
     assert sum(read(data.valid, n).tokens_BS.tolist(), []) == tokens[: n * 8]
     past = read(data.valid, n + 3)
@@ -109,7 +117,7 @@ def test_last_validation_batch_gives_every_rank_all_its_micro_batches(root: Path
     assert [split.num_batches(k) for k in (1, n, n + 1, size)] == [n, 1, 1, 2]
     seen: list[int] = []
     for rank in range(2):
-        micros = list(split.micro_batches(1, dp_rank=rank, dp=2, micro_batch=n, accum_steps=2))
+        micros = list(split.micro_batches(4 * n, dp_rank=rank, dp=2, micro_batch=n, accum_steps=2))
         assert [tuple(m.tokens_BS.shape) for m in micros] == [(n, 8), (n, 8)]
         for m in micros:
             assert m.sentence_B is not None and m.token_types_BS is not None
@@ -124,11 +132,11 @@ def test_last_validation_batch_gives_every_rank_all_its_micro_batches(root: Path
 
 
 def test_splits_hold_all_documents_each_ended_once(data: Data, root: Path) -> None:
-    tokenizer = load_tokenizer(data.folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(data.folder / "tokenizer" / "tokenizer.json"))
     texts = []
-    for name in ("train.tokens", "valid.tokens"):
-        tokens = TokenFile.open(data.folder / name).tokens.tolist()
-        assert tokens[-1] == 0 and tokens[0] != 0
+    for name in ("train", "valid"):
+        tokens = tokens_of(data.folder / name)
+        assert tokens[-1] == data.vocabulary.end == 0 and tokens[0] != 0
         document: list[int] = []
         for token in tokens:
             if token == 0:
@@ -137,7 +145,7 @@ def test_splits_hold_all_documents_each_ended_once(data: Data, root: Path) -> No
             else:
                 document.append(token)
     assert sorted(texts) == sorted(path.read_text() for path in (root / "corpus").iterdir())
-    assert data.vocab_size == tokenizer.get_vocab_size() <= 300
+    assert data.vocabulary.size == tokenizer.get_vocab_size() <= 300
 
 
 def test_rows_that_end_with_their_document_are_padded_to_the_longest(root: Path, data: Data) -> None:
@@ -146,7 +154,7 @@ def test_rows_that_end_with_their_document_are_padded_to_the_longest(root: Path,
     n = split.num_samples
     batch = read(split, n)
     assert batch.lengths_B is None
-    tokens = TokenFile.open(data.folder / "train.tokens").tokens.tolist()
+    tokens = tokens_of(data.folder / "train")
     assert int((batch.labels_BS != IGNORE).sum()) == len(tokens) - tokens.count(0)
     assert int((batch.labels_BS == 0).sum()) == tokens.count(0)
     for row, labels in zip(batch.tokens_BS.tolist(), batch.labels_BS.tolist(), strict=True):
@@ -180,10 +188,10 @@ def _lengths(labels_BS: torch.Tensor, lengths_B: torch.Tensor | None) -> list[in
 def test_random_source_is_reproducible_and_needs_no_files(tmp_path: Path) -> None:
     cfg = config(tmp_path, source="random", vocab_size=50, seq_len=64)
     said: list[str] = []
-    folder = prepare(cfg, said.append)
+    prepare(cfg, said.append)
     data = open_data(cfg, GPT)
-    assert folder == data.folder and not folder.exists() and said == []
-    assert data.vocab_size == 50
+    assert not data.folder.exists() and said == []
+    assert data.vocabulary.size == 50
     rows = [tuple(row) for batch in (0, 10**9) for row in read(data.train, 40, batch).tokens_BS.tolist()]
     assert len(set(rows)) == 80
     assert {token for row in rows for token in row} == set(range(50))
@@ -212,3 +220,16 @@ def test_random_splits_and_seeds_differ(tmp_path: Path) -> None:
     assert data.fingerprint != other.fingerprint
     assert data.train.num_samples > 10**12
     assert open_data(config(tmp_path, source="random", valid_fraction=0.0), GPT).valid is None
+
+
+def test_a_test_split_is_read_like_validation_and_shares_no_document(root: Path) -> None:
+    cfg = config(root, test_fraction=0.4)
+    prepare(cfg, lambda line: None)
+    data = open_data(cfg, GPT)
+    assert data.test is not None and data.valid is not None
+    tokens = {name: tokens_of(data.folder / name) for name in ("train", "valid", "test")}
+    n = data.test.num_samples
+    assert sum(read(data.test, n).tokens_BS.tolist(), []) == tokens["test"][: n * 8]
+    assert (read(data.test, n + 2).labels_BS[n:] == IGNORE).all()
+    assert sum(found.count(0) for found in tokens.values()) == 12
+    assert open_data(config(root), GPT).test is None

@@ -5,8 +5,7 @@ deviations: a right implementation with another seed fails one of them with a pr
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.config.schema import ModelConfig
-from engine.data import Data, load_tokenizer, open_data, prepare
-from engine.data.masked import MaskedVocabulary
-from engine.data.sampler import permutation
-from engine.data.tokenizer import Piece, encode, train_tokenizer, unused_entries
-from engine.data.tokens import TokenFile
+from engine.data import Data, open_data, prepare
+from engine.data.samples.draws import row_keys
+from engine.data.samples.masked import Masking, Special
+from engine.data.tokenizer.vocabulary import Vocabulary
 from engine.errors import DataError
 from engine.model.batch import IGNORE, Batch
 from tests.unit.data.data_options import (
@@ -31,6 +29,7 @@ from tests.unit.data.data_options import (
     TWO_SEGMENTS,
     config,
     read,
+    tokens_of,
 )
 
 SEQ_LEN = 32
@@ -51,10 +50,6 @@ def opened(root: Path, model: ModelConfig, **changes: object) -> Data:
     return open_data(config(root, **{"seq_len": SEQ_LEN, **changes}), model)
 
 
-def vocabulary(data: Data) -> MaskedVocabulary:
-    return MaskedVocabulary.of_tokenizer(load_tokenizer(data.folder / "tokenizer.json"))
-
-
 def original(batch: Batch) -> Tensor:
     """The tokens before masking."""
     return torch.where(batch.labels_BS != IGNORE, batch.labels_BS, batch.tokens_BS)
@@ -63,20 +58,6 @@ def original(batch: Batch) -> Tensor:
 def near(count: int, total: int, share: float) -> bool:
     """Whether `count` of `total` is a share within five standard deviations."""
     return abs(count - total * share) < 5 * math.sqrt(total * share * (1 - share))
-
-
-def test_no_text_holds_the_entries_of_the_special_tokens() -> None:
-    tokenizer = train_tokenizer(["some words to train on"] * 3, 300)
-    surrogates = range(0xD800, 0xE000)
-    points = [*range(0x800), *range(0x800, sys.maxunicode + 1, 61)]
-    everything = "".join(chr(c) for c in points if c not in surrogates)
-    (ids,) = encode(tokenizer, [Piece(everything, ends_document=True)])
-    unused = unused_entries(tokenizer)
-    assert len(unused) == 13
-    assert set(ids).isdisjoint(unused) and set(range(257)) - set(ids) == set(unused)
-    special = MaskedVocabulary.of_tokenizer(tokenizer)
-    assert {special.cls, special.sep, special.mask} <= set(unused)
-    assert set(range(special.size)) - set(special.text.tolist()) == {0, *unused}
 
 
 def test_both_families_share_tokenizer_and_tokens(root: Path) -> None:
@@ -90,7 +71,7 @@ def test_both_families_share_tokenizer_and_tokens(root: Path) -> None:
 def test_rows_have_the_form_of_the_paper(root: Path, kind: str, variable: bool, source: str) -> None:
     model, path = BERTS[kind], str(root / "corpus") if source == "corpus" else source
     data = opened(root, model, source=path, variable_length=variable)
-    special = vocabulary(data) if source == "corpus" else MaskedVocabulary.of_random(300)
+    special = data.vocabulary
     batch = read(data.train, 60)
     lengths = [batch.length] * 60 if batch.lengths_B is None else batch.lengths_B.tolist()
     assert (batch.lengths_B is not None) == variable and (len(set(lengths)) > 3) == variable
@@ -113,9 +94,9 @@ def test_rows_have_the_form_of_the_paper(root: Path, kind: str, variable: bool, 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.5])
 def test_a_rounded_share_of_the_text_is_masked_and_nothing_else(root: Path, rate: float) -> None:
     data = opened(root, NEXT_SENTENCE, mask_rate=rate)
-    special = vocabulary(data)
+    special = data.vocabulary
     batch = read(data.train, 60)
-    text = torch.isin(original(batch), torch.from_numpy(special.text))
+    text = torch.from_numpy(special.text)[original(batch)]
     chosen = batch.labels_BS != IGNORE
     assert not (chosen & ~text).any()
     expected = [max(1, math.floor(rate * count + 0.5)) for count in text.sum(dim=1).tolist()]
@@ -125,7 +106,7 @@ def test_a_rounded_share_of_the_text_is_masked_and_nothing_else(root: Path, rate
 
 def test_masked_tokens_become_mask_random_or_stay(root: Path) -> None:
     data = opened(root, ONE_SEGMENT)
-    special = vocabulary(data)
+    special = data.vocabulary
     batch = read(data.train, 2000)
     chosen = batch.labels_BS != IGNORE
     seen, wanted = batch.tokens_BS[chosen], batch.labels_BS[chosen]
@@ -133,10 +114,10 @@ def test_masked_tokens_become_mask_random_or_stay(root: Path) -> None:
     masked, kept = int((seen == special.mask).sum()), int((seen == wanted).sum())
     assert near(masked, total, 0.8)
     # A random token is by chance the right one in 1 / V of the cases.
-    by_chance = 0.1 / len(special.text)
+    by_chance = 0.1 / special.text.sum()
     assert near(kept, total, 0.1 + by_chance) and near(total - masked - kept, total, 0.1 - by_chance)
     random = set(seen[(seen != special.mask) & (seen != wanted)].tolist())
-    assert random <= set(special.text.tolist()) and len(random) > 0.7 * len(special.text)
+    assert random <= set(np.flatnonzero(special.text).tolist()) and len(random) > 0.7 * special.text.sum()
     # Places: no position of the text is chosen more often than another.
     places = chosen.sum(dim=0).tolist()
     assert places[0] == places[-1] == 0
@@ -146,7 +127,7 @@ def test_masked_tokens_become_mask_random_or_stay(root: Path) -> None:
 @pytest.mark.parametrize("kind", ["next", "order"])
 def test_classes_mean_what_they_say(root: Path, kind: str) -> None:
     stride = SEQ_LEN - 3
-    file = TokenFile.open(opened(root, GPT).folder / "valid.tokens").tokens.tolist()
+    file = tokens_of(opened(root, GPT).folder / "valid")
     windows = [file[i : i + stride] for i in range(0, len(file) - stride + 1, stride)]
     starts = set()
     for seed in range(12):
@@ -186,7 +167,7 @@ def test_segments_without_a_sentence_head_follow_each_other(root: Path) -> None:
     assert split is not None
     batch = read(split, split.num_samples)
     assert batch.token_types_BS is not None
-    file = TokenFile.open(opened(root, GPT).folder / "valid.tokens").tokens.tolist()
+    file = tokens_of(opened(root, GPT).folder / "valid")
     text: list[int] = []
     for row, types in zip(original(batch).tolist(), batch.token_types_BS.tolist(), strict=True):
         border = types.index(1)
@@ -215,25 +196,59 @@ def test_validation_is_masked_the_same_every_time_but_unlike_training(root: Path
     assert not torch.equal(train.labels_BS != IGNORE, valid.labels_BS != IGNORE)
 
 
-def test_no_stream_of_random_numbers_is_used_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for the masks of each sample of each split, apart from those of random tokens and of an epoch's order."""
-    used: list[tuple[int, ...]] = []
-    philox = np.random.Philox
+def test_each_row_draws_its_own_masks() -> None:
+    """No two of 400 equal rows are masked alike, in whatever micro-batch they are."""
+    tokens, numbers = np.tile(np.arange(20, 60), (400, 1)), np.arange(400)
+    masking = Masking(WORDS, SPECIAL, 0.5, whole_words=False)
+    whole = masking.apply(tokens.copy(), row_keys(np.uint64(1), numbers))
+    assert len({row.tobytes() for row in whole}) == 400
+    assert (masking.apply(tokens[:1].copy(), row_keys(np.uint64(1), numbers[7:8]))[0] == whole[7]).all()
+    assert (masking.apply(tokens.copy(), row_keys(np.uint64(2), numbers)) != whole).any(axis=1).all()
 
-    class Recorded:
-        def __init__(self, *, key: Sequence[int], counter: Sequence[int] = (0, 0, 0, 0)) -> None:
-            used.append((*map(int, key), *map(int, counter)))
-            self.random_raw = philox(key=key, counter=counter).random_raw
 
-    monkeypatch.setattr(np.random, "Philox", Recorded)
-    for source, streams in (("random", 2 * 5 * 2), (str(root / "corpus"), 1 + 2 * 5)):
-        used.clear()
-        permutation.cache_clear()
-        data = opened(root, ONE_SEGMENT, source=source)
-        assert data.valid is not None
-        for split in (data.train, data.valid):
-            read(split, 5)
-        assert len(used) == len(set(used)) == streams
+IDS = np.arange(100)
+# Words of two tokens begin at even ids.
+WORDS = Vocabulary(100, 0, 1, 2, 3, None, IDS >= 10, (IDS < 10) | (IDS % 2 == 0))
+SPECIAL = Special(0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.15, 0.4, 0.95])
+def test_whole_words_are_masked_until_the_rate_is_reached(rate: float) -> None:
+    row = [1, 11, 20, 21, 30, 31, 33, 35, 40, 42, 43, 2, 45, 50, 51, 60, 2, 0, 0]
+    words = [[1], [2, 3], [4, 5, 6, 7], [8], [9, 10], [12], [13, 14], [15]]
+    tokens = np.tile(row, (2000, 1))
+    labels = Masking(WORDS, SPECIAL, rate, whole_words=True).apply(tokens, row_keys(np.uint64(0), np.arange(2000)))
+    wanted = max(1, math.floor(rate * 14 + 0.5))
+    firsts = np.zeros(len(words))
+    for label in labels:
+        chosen = set(np.flatnonzero(label != IGNORE).tolist())
+        masked = [set(word) for word in words if set(word) & chosen]
+        assert set().union(*masked) == chosen and all(label[i] == row[i] for i in chosen)
+        assert len(chosen) >= wanted and any(len(chosen) - len(word) < wanted for word in masked)
+        if wanted == 1:
+            assert len(masked) == 1
+            firsts += [set(word) == masked[0] for word in words]
+    if wanted == 1:
+        assert all(near(int(count), 2000, 1 / len(words)) for count in firsts)
+    seen = tokens[labels != IGNORE]
+    assert near(int((seen == 3).sum()), len(seen), 0.8)
+
+
+def test_a_row_without_text_has_no_target() -> None:
+    tokens = np.array([[1, 2, 0, 0], [1, 20, 2, 0]])
+    labels = Masking(WORDS, SPECIAL, 0.15, whole_words=True).apply(tokens, row_keys(np.uint64(0), np.arange(2)))
+    assert (labels[0] == IGNORE).all() and labels[1].tolist() == [IGNORE, 20, IGNORE, IGNORE]
+
+
+def test_a_tokenizer_without_bert_tokens_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = replace(opened(root, GPT).vocabulary, sep=None, mask=None)
+    monkeypatch.setattr("engine.data.source.vocabulary_of", lambda folder: lacking)
+    with pytest.raises(DataError) as caught:
+        opened(root, ONE_SEGMENT)
+    message = str(caught.value)
+    assert "[OCT464] data.tokenizer=bpe" in message
+    assert "needs [CLS], [SEP] and [MASK], and the tokenizer has no [SEP] and [MASK]" in message
+    assert "Use data.tokenizer=wordpiece or bpe" in message
 
 
 @pytest.mark.parametrize(
@@ -252,13 +267,13 @@ def test_sample_length_without_room_for_text_is_refused(root: Path, kind: str, l
 
 
 def test_next_sentence_without_another_sample_is_refused(root: Path) -> None:
-    count = TokenFile.open(opened(root, GPT).folder / "valid.tokens").count
+    count = len(tokens_of(opened(root, GPT).folder / "valid"))
     length = count + 3
     with pytest.raises(DataError) as caught:
         opened(root, NEXT_SENTENCE, seq_len=length)
     message = str(caught.value)
     assert "[OCT419] model.sentence_head=next_sentence" in message
-    assert f"valid.tokens has one of data.seq_len {length}" in message
+    assert f"valid has one of data.seq_len {length}" in message
     legal = count // 2 + 3
     assert f"Nearest legal: data.seq_len={legal}, or model.sentence_head=sentence_order" in message
     for model, seq_len, samples in ((SENTENCE_ORDER, length, 1), (NEXT_SENTENCE, legal, 2)):

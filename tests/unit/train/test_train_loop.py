@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from engine.data import Data
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.errors import ConfigError
 from engine.plan.costs import parameter_counts
-from engine.protocols import StepResult
+from engine.protocols import Engine, StepResult
 from engine.topology.grid import Grid
 from engine.train.describe import describe
-from engine.train.loop import fit
+from engine.train.loop import fit, reads_text
 from engine.train.session import choose_attention
 from tests.helpers.models import preset
 
@@ -89,13 +90,29 @@ def test_an_attention_that_cannot_run_here_is_refused() -> None:
     )
 
 
+def test_cudnn_attention_is_refused_for_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cfg = config()
+    cfg.kernels.attention, cfg.data.document_mask, cfg.precision.dtype = Attention.sdpa_cudnn, True, DType.bf16
+    with pytest.raises(ConfigError) as caught:
+        choose_attention(cfg, torch.device("cuda"))
+    assert str(caught.value) == (
+        "1. [OCT330] kernels.attention=sdpa_cudnn: attention=sdpa_cudnn cannot run here (sdpa_cudnn: has no attention "
+        "inside the documents of packed rows in torch). Known: sdpa_cudnn, sdpa, reference, auto. "
+        "Use kernels.attention=auto"
+    )
+
+
+PLACE = {"dp_rank": 1, "dp": 2, "micro_batch": 4, "accum_steps": 3, "multiple": 1, "read": True}
+
+
 class FakeSplit:
     """Gives its arguments as the only micro-batch."""
 
     num_samples = 8
 
-    def micro_batches(self, batch_index: int, **place: int) -> Iterator[Any]:
-        yield batch_index, place
+    def micro_batches(self, first_sample: int, **place: int) -> Iterator[Any]:
+        yield first_sample, place
 
 
 class FakeEngine:
@@ -120,7 +137,8 @@ class FakeHook:
     def before_training(self) -> None:
         self.log.append((self.name, "before"))
 
-    def after_step(self, step: int, result: StepResult, lr: float) -> None:
+    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
+        assert data_wait_s > 0
         self.log.append((self.name, step, float(result.loss), lr))
 
     def after_training(self, summary: dict[str, Any]) -> None:
@@ -130,14 +148,60 @@ class FakeHook:
 
 def test_the_loop_reads_this_replicas_batches_and_calls_the_hooks_in_order() -> None:
     log: list[Any] = []
-    data = Data(train=FakeSplit(), valid=None, vocab_size=1, fingerprint="f", folder=Path())  # type: ignore[arg-type]
+    data = cast(Data, SimpleNamespace(train=FakeSplit()))
     cfg = config()
     cfg.parallel.context, cfg.parallel.tp, cfg.parallel.sequence = 2, 2, True
     summary = fit(FakeEngine(log), data, cfg, [FakeHook("a", log), FakeHook("b", log)])  # type: ignore[arg-type]
-    place = {"dp_rank": 1, "dp": 2, "micro_batch": 4, "accum_steps": 3, "multiple": 4}
+    place = PLACE | {"multiple": 4}
     expected: list[Any] = [("a", "before"), ("b", "before")]
     # Two steps of warm-up to the peak, and the first of the decay, which starts at the peak.
     for step, lr in enumerate((0.25, 0.5, 0.5)):
-        expected += [("train", (step, place), lr), ("a", step + 1, step + 1.0, lr), ("b", step + 1, step + 1.0, lr)]
+        expected += [
+            ("train", (24 * step, place), lr),
+            ("a", step + 1, step + 1.0, lr),
+            ("b", step + 1, step + 1.0, lr),
+        ]
     assert log == [*expected, ("a", "after", {}), ("b", "after", {"a": 0})]
     assert summary == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_loop_goes_on_where_another_layout_stopped(prefetch: int) -> None:
+    log: list[Any] = []
+    cfg = config()
+    cfg.data.prefetch = prefetch
+    data = cast(Data, SimpleNamespace(train=FakeSplit()))
+    fit(cast(Engine, FakeEngine(log)), data, cfg, [], first_step=1, first_sample=40)
+    assert log == [("train", (40, PLACE), 0.5), ("train", (64, PLACE), 0.5)]
+
+
+def test_a_step_that_fails_ends_the_reading() -> None:
+    class Failing(FakeEngine):
+        def train_step(self, batches: Iterable[Any], lr: float) -> StepResult:
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        fit(cast(Engine, Failing([])), cast(Data, SimpleNamespace(train=FakeSplit())), config(), [])
+    assert threading.active_count() == before
+
+
+def reading_stages(model: str, schedule: PipelineSchedule, pp: int, parts: int = 1, layers: int = 8) -> list[int]:
+    cfg = config(model)
+    cfg.model.num_layers = layers
+    cfg.parallel.pp, cfg.parallel.schedule, cfg.parallel.virtual_stages = pp, schedule, parts
+    return [stage for stage in range(pp) if reads_text(cfg, stage)]
+
+
+def test_stages_between_the_embeddings_and_the_loss_read_no_text() -> None:
+    plain, interleaved = PipelineSchedule.one_f_one_b, PipelineSchedule.interleaved
+    assert reading_stages("gpt_tiny", plain, 1) == [0]
+    assert reading_stages("gpt_tiny", plain, 4) == [0, 3]
+    assert reading_stages("llama_tiny", interleaved, 4, parts=2) == [0, 3]
+    assert reading_stages("gpt_tiny", PipelineSchedule.dualpipev, 4, layers=16) == [0], "it holds both ends"
+
+
+def test_the_stage_that_adds_segments_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.plan.stages.stage_bounds", lambda cfg: (0, 1, 3, 5, 13))
+    assert reading_stages("bert_tiny", PipelineSchedule.one_f_one_b, 4) == [0, 1, 3]
+    assert reading_stages("gpt_tiny", PipelineSchedule.one_f_one_b, 4) == [0, 3], "positions are no text"

@@ -26,8 +26,8 @@ class TenSamples:
     def num_batches(self, size: int) -> int:
         return -(-self.num_samples // size)
 
-    def micro_batches(self, index: int, *, micro_batch: int, **_: Any) -> Iterator[Batch]:
-        numbers = torch.arange(index * micro_batch, (index + 1) * micro_batch)
+    def micro_batches(self, first_sample: int, *, micro_batch: int, **_: Any) -> Iterator[Batch]:
+        numbers = torch.arange(first_sample, first_sample + micro_batch)
         labels = numbers[:, None].masked_fill(numbers[:, None] >= self.num_samples, IGNORE)
         yield Batch(tokens_BS=labels, labels_BS=labels, samples_B=numbers)
 
