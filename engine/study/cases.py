@@ -46,8 +46,9 @@ LAYOUT: Domains = {
     "accum": (1, 4, 8),
     "offload": ("none", "cpu"),
     "flavour": ("gpt2", "llama", "bert"),
+    "packed": (False, True),
 }
-"""Settings that rules relate to each other."""
+"""Settings that rules relate to each other. packed: attention stays inside the documents of a row."""
 FREE: Domains = {
     "recompute": ("none", "selective", "full", "full2"),
     "tied": (True, False),
@@ -72,6 +73,7 @@ class Case:
     accum: int = 1
     offload: str = "none"
     flavour: str = "gpt2"
+    packed: bool = False
     recompute: str = "none"
     tied: bool = True
     dropout: float = 0.0
@@ -90,6 +92,7 @@ class Case:
     def model_words(self) -> list[str]:
         """What the oracle must know of it, but for the depth."""
         words = [self.flavour, "tied" if self.tied else "untied"]
+        words += ["packed"] * self.packed
         words += [f"dropout{self.dropout}"] * (self.dropout > 0) + ["variable"] * (self.length == "variable")
         return words + ["smoothed"] * (self.loss == "smoothed")
 
@@ -137,7 +140,7 @@ def configure(base: Config, case: Case) -> Config:
     train.recompute_interval = 2 if case.recompute == "full2" else 1
     train.label_smoothing, train.z_loss = (0.1, 1e-3) if case.loss == "smoothed" else (0.0, 0.0)
     train.eval_batches = 0
-    cfg.data.variable_length = case.length == "variable"
+    cfg.data.variable_length, cfg.data.document_mask = case.length == "variable", case.packed
     cfg.model.dropout = cfg.model.attention_dropout = case.dropout
     if case.dropout:
         cfg.kernels.attention = Attention.reference
@@ -171,7 +174,7 @@ def oracle_config(base: Config, case: Case) -> Config:
 
 def alone(case: Case, zero: int) -> Case:
     """`case` without anything parallel or memory-saving."""
-    model = {name: getattr(case, name) for name in ("flavour", "tied", "dropout", "length", "loss")}
+    model = {name: getattr(case, name) for name in ("flavour", "packed", "tied", "dropout", "length", "loss")}
     return Case(world=1, zero=zero, **model)
 
 
@@ -186,7 +189,9 @@ def refusal(base: Config, case: Case) -> list[Violation]:
 
 
 def is_legal(base: Config, case: Case) -> bool:
-    """Whether the rules allow `case`, the global batch comes out even, and sequence parallelism means something."""
+    """Whether the rules allow `case`, the global batch comes out even, and its settings mean something."""
+    if case.packed and case.flavour == "bert":
+        return False
     if case.world % (case.pp * case.context * case.tp) or GLOBAL_BATCH % (case.dp * case.accum):
         return False
     return (case.tp > 1 or not case.sequence) and not refusal(base, case)

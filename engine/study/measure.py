@@ -117,7 +117,12 @@ def _reader(cfg: Config, micro_batch: int, accum: int) -> Callable[[ParallelCont
 
     def read(ctx: ParallelContext, step: int) -> Iterator[Batch]:
         return split.micro_batches(
-            step, dp_rank=ctx.dp.rank, dp=ctx.dp.size, micro_batch=micro_batch, accum_steps=accum, multiple=multiple
+            step * micro_batch * accum * ctx.dp.size,
+            dp_rank=ctx.dp.rank,
+            dp=ctx.dp.size,
+            micro_batch=micro_batch,
+            accum_steps=accum,
+            multiple=multiple,
         )
 
     return read

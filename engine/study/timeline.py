@@ -112,7 +112,7 @@ def trace_rank(cfg: Config) -> list[list[Event]]:
     for step in range(train.steps):
         engine.training.trace = []
         batches = split.micro_batches(
-            step,
+            step * train.micro_batch * train.accum_steps * ctx.dp.size,
             dp_rank=ctx.dp.rank,
             dp=ctx.dp.size,
             micro_batch=train.micro_batch,

@@ -94,16 +94,22 @@ def test_sequence_parallelism_of_one_rank_is_no_case_of_its_own() -> None:
     assert not is_legal(base(), Case(world=2, sequence=True))
 
 
+def test_bert_has_no_documents_to_keep_apart() -> None:
+    assert is_legal(base(), Case(world=2, packed=True))
+    assert is_legal(base(), Case(world=2, packed=True, flavour="llama", length="variable"))
+    assert not is_legal(base(), Case(world=2, packed=True, flavour="bert"))
+
+
 def test_a_case_says_what_it_is() -> None:
     case = Case(
         world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4, offload="cpu",
-        flavour="llama", recompute="full2", tied=False, dropout=0.1, length="variable", loss="smoothed",
+        flavour="llama", packed=True, recompute="full2", tied=False, dropout=0.1, length="variable", loss="smoothed",
     )  # fmt: skip
     assert str(case) == (
-        "pp2 interleaved dp1 cp2 tp2+sequence zero2+offload accum4 recompute-full2 llama untied dropout0.1 variable "
-        "smoothed"
+        "pp2 interleaved dp1 cp2 tp2+sequence zero2+offload accum4 recompute-full2 llama untied packed dropout0.1 "
+        "variable smoothed"
     )
-    assert model_key(base(), case) == "llama-untied-dropout0.1-variable-smoothed-4blocks"
+    assert model_key(base(), case) == "llama-untied-packed-dropout0.1-variable-smoothed-4blocks"
     assert str(Case(world=2)) == "pp1 dp2 tp1 zero1 accum1 gpt2 tied"
 
 
@@ -146,7 +152,7 @@ def test_the_model_is_as_deep_as_the_schedule_needs_on_both_sides(case: Case, la
 def test_a_case_sets_what_it_names() -> None:
     case = Case(
         world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4,
-        recompute="full2", dropout=0.1, length="variable", loss="smoothed",
+        packed=True, recompute="full2", dropout=0.1, length="variable", loss="smoothed",
     )  # fmt: skip
     cfg = configure(base(), case)
     parallel, train = cfg.parallel, cfg.train
@@ -155,6 +161,8 @@ def test_a_case_sets_what_it_names() -> None:
     assert (cfg.zero.stage, train.accum_steps, train.micro_batch) == (2, 4, GLOBAL_BATCH // 4)
     assert (train.recompute, train.recompute_interval) == (Recompute.full, 2)
     assert (train.label_smoothing, train.z_loss, cfg.data.variable_length) == (0.1, 1e-3, True)
+    assert cfg.data.document_mask
+    assert oracle_config(base(), case).data.document_mask, "the oracle computes the same"
     assert (cfg.model.dropout, cfg.model.attention_dropout) == (0.1, 0.1)
     assert cfg.kernels.attention is Attention.reference, "only its masks are the same in every layout"
     assert rules.check(cfg, 8) == []
@@ -164,10 +172,11 @@ def test_a_case_is_without_what_it_does_not_name() -> None:
     asked = base(dropout=0.1, attention_dropout=0.1)
     asked.precision.tf32 = True
     asked.kernels.compile, asked.logging.wandb = Switch.on, WandbMode.online
-    asked.train.recompute, asked.data.variable_length = Recompute.full, True
+    asked.train.recompute, asked.data.variable_length, asked.data.document_mask = Recompute.full, True, True
     cfg = configure(asked, Case(world=8, pp=2, tp=2, accum=4))
     assert (cfg.model.dropout, cfg.model.attention_dropout, cfg.kernels.attention) == (0.0, 0.0, Attention.auto)
     assert (cfg.train.recompute, cfg.data.variable_length, cfg.precision.tf32) == (Recompute.none, False, False)
+    assert not cfg.data.document_mask
     assert (cfg.optim.schedule, cfg.optim.warmup_steps) == (ScheduleName.constant, 0)
     assert (cfg.kernels.compile, cfg.logging.wandb) == (Switch.off, WandbMode.disabled)
     assert cfg.optim.clip_norm > 0, "clipping is part of what is compared"

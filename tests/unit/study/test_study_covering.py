@@ -37,6 +37,7 @@ def pairs(case: Case) -> set[Pair]:
 
 def legal(cfg: Config, case: Case) -> bool:
     fits = case.world % (case.pp * case.context * case.tp) == 0 and GLOBAL_BATCH % (case.dp * case.accum) == 0
+    fits = fits and not (case.packed and case.flavour == "bert")
     return fits and (case.tp > 1 or not case.sequence) and rules.check(configure(cfg, case), case.world) == []
 
 

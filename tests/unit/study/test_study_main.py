@@ -18,7 +18,8 @@ from engine.study.run import judge
 
 ONE = {"--tp": "1", "--context": "1", "--schedules": "one_f_one_b", "--accum": "4", "--offload": "none"}
 ONE |= {"--flavours": "gpt2", "--recompute": "none", "--dropout": "0.0", "--length": "fixed", "--loss": "plain"}
-SMALL = ["--worlds", "2", "--pp", "1,2", "--zero", "0,1", *(word for pair in ONE.items() for word in pair)]
+SMALL = ["--worlds", "2", "--pp", "1,2", "--zero", "0,1", "--packed", "off"]
+SMALL += [word for pair in ONE.items() for word in pair]
 
 
 def test_without_a_study_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
