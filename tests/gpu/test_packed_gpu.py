@@ -72,7 +72,7 @@ def test_batches_wait_in_page_locked_memory() -> None:
     def read(first: int) -> list[Batch]:
         numbers = torch.arange(first, first + 4)
         starts = Documents(torch.tensor([0, 3, 8], dtype=torch.int32), 5)
-        return [Batch(numbers[:, None] * 2, numbers[:, None], numbers, documents=starts)]
+        return [Batch(tokens_BS=numbers[:, None] * 2, labels_BS=numbers[:, None], samples_B=numbers, documents=starts)]
 
     with Loader(read, [0, 4, 8], prefetch=2, device=torch.device("cuda", 0)) as batches:
         for first, (batch,) in zip((0, 4, 8), batches, strict=True):

@@ -38,7 +38,7 @@ from engine.data.build.lock import Owner, OwnershipLost, builder_lock, owner_fil
 from engine.data.build.pool import build_shards
 from engine.data.build.progress import Progress
 from engine.data.build.sample import sample_texts
-from engine.data.build.shard import RECORD, SHARD_BYTES, Job, Shard, build_shard, cut_shards, labels_file, rename_once
+from engine.data.build.shard import RECORD, Job, Shard, build_shard, cut_shards, labels_file, rename_once
 from engine.data.corpus.documents import no_documents, units
 from engine.data.corpus.units import Problem
 from engine.data.storage.files import read_json, write_json
@@ -64,11 +64,11 @@ def prepare(cfg: DataConfig, say: Say) -> None:
     folder cannot be written, 415 a held-out split is empty, 416 the training split is, 450 a worker died, 451 another
     builder hangs, 452 a Megatron prefix without a tokenizer, 454 a weight of data.blend, 455 data.kind of a prefix.
     """
-    build_entries(cfg, say, SHARD_BYTES)
+    build_entries(cfg, say)
 
 
-def build_entries(cfg: DataConfig, say: Say, shard_bytes: int) -> None:
-    """`prepare` with shards of another size than usual, bytes of input."""
+def build_entries(cfg: DataConfig, say: Say, shard_bytes: int | None = None) -> None:
+    """`prepare` with shards of another size than `cut_shards` takes, bytes of input."""
     sources = list(weights(cfg))
     if RANDOM_SOURCE in sources:
         return
@@ -145,7 +145,7 @@ class _Entry:
     folder: Path
     tokenizer: Path
     tokenizer_digest: str
-    shard_bytes: int
+    shard_bytes: int | None
     say: Say
 
     def build(self, partial: Path, owner: Owner) -> Path:

@@ -27,7 +27,9 @@ from engine.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SHARD_BYTES = 32 << 20
+_SMALLEST, _LARGEST = 4 << 20, 32 << 20
+_SHARDS = 64
+"""Shards that a corpus of moderate size is cut into, so that every core has some."""
 RECORD = "shard.json"
 """What a shard holds; written last, so a shard without it is not finished."""
 _BATCH_BYTES = 1 << 20
@@ -67,8 +69,13 @@ def input_bytes(unit: Unit) -> int:
     return unit.size if unit.limit is None else min(unit.size, unit.limit)
 
 
-def cut_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Runs of units of at least `shard_bytes` each but the last: a function of the units alone."""
+def cut_shards(units: Sequence[Unit], shard_bytes: int | None = None) -> list[Shard]:
+    """Runs of units of at least `shard_bytes` each but the last: a function of the units alone.
+
+    None: a 64th of the corpus, at least 4 and at most 32 MiB.
+    """
+    if shard_bytes is None:
+        shard_bytes = min(max(sum(map(input_bytes, units)) // _SHARDS, _SMALLEST), _LARGEST)
     found: list[Shard] = []
     run: list[Unit] = []
     size = 0

@@ -36,7 +36,7 @@ __all__ = [
     "units",
 ]
 
-UNIT_BYTES = 32 << 20
+UNIT_BYTES = 4 << 20
 """Large JSONL files are cut into units of about this size."""
 MAX_PROBLEMS = 1000
 """Problems of one unit that are listed; the others are only counted."""

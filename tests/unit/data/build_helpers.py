@@ -10,7 +10,6 @@ import pytest
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import entries, read_meta
 from engine.data.build.prepare import build_entries
-from engine.data.build.shard import SHARD_BYTES
 from engine.errors import DataError
 
 
@@ -26,7 +25,7 @@ def make_corpus(root: Path, files: int, lines: int = 3) -> Path:
     return root
 
 
-def built(cfg: DataConfig, say: Callable[[str], None] = quiet, shard_bytes: int = SHARD_BYTES) -> Path:
+def built(cfg: DataConfig, say: Callable[[str], None] = quiet, shard_bytes: int | None = None) -> Path:
     """The entry of the only source, built if need be."""
     build_entries(cfg, say, shard_bytes)
     ((folder, share),) = entries(cfg)
@@ -37,7 +36,7 @@ def built(cfg: DataConfig, say: Callable[[str], None] = quiet, shard_bytes: int 
 def refused(cfg: DataConfig) -> str:
     """The message of the refusal to build."""
     with pytest.raises(DataError) as caught:
-        build_entries(cfg, quiet, SHARD_BYTES)
+        build_entries(cfg, quiet)
     return str(caught.value)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_shards_are_runs_of_all_units() -> None:
     assert [shard.size for shard in shards] == [9, 20, 10, 3]
     assert [shard.number for shard in shards] == [0, 1, 2, 3]
     assert cut_shards([], 8) == []
+
+
+def test_a_larger_corpus_has_more_shards_for_more_cores_up_to_a_size(root: Path) -> None:
+    (unit,) = units(config(root, include="00.txt"), str(root / "corpus"))
+    mebibyte = replace(unit, size=1 << 20)
+    assert [len(cut_shards([mebibyte] * n)) for n in (3, 8, 60, 640)] == [1, 2, 15, 64]
+    assert {shard.size for shard in cut_shards([mebibyte] * 4096)} == {32 << 20}
 
 
 def test_identity_of_a_shard_is_that_of_its_units() -> None:
