@@ -1,4 +1,4 @@
-"""Rules for samples: what a family learns from, and where it comes from (360..374)."""
+"""Rules for samples: what a family learns from, and where it comes from (360..375)."""
 
 from __future__ import annotations
 
@@ -93,6 +93,14 @@ def _kind_violations(cfg: Config) -> list[Violation]:
                 data.kind,
                 "the source random gives text only",
                 "Use data.kind=text, or another data.source",
+            ),
+            (
+                random and data.fim_rate > 0,
+                375,
+                "data.fim_rate",
+                data.fim_rate,
+                "the source random has no tokens that mark prefix, middle and suffix",
+                "Use data.fim_rate=0, or another data.source",
             ),
             (
                 data.overlap > 0 and (data.fim_rate > 0 or not plain),

@@ -14,14 +14,16 @@ class DataConfig:
     """The corpus, its tokenizer and how samples are drawn."""
 
     source: str = MISSING
-    """`python`: the standard library of the running interpreter. `random`: random tokens. Else a file, a folder or a
-    glob of text, Markdown, code, JSONL (.gz, .zst), Parquet; a folder saved by `datasets`; `hf:NAME` of a dataset that
-    `datasets` has; or PREFIX of Megatron's PREFIX.bin and PREFIX.idx."""
+    """`python`: the standard library of the running interpreter. `python:NAME`: an installed package; `python:all`: the
+    library and all packages. `random`: random tokens. Else a file, a folder or a glob of text, Markdown, code, JSONL,
+    any of them compressed (.gz, .zst), Parquet, and tables (.csv, .tsv) unless `kind=text`; a folder saved by
+    `datasets`, FOLDER or FOLDER#SPLIT; `hf:NAME[:CONFIG][#SPLIT]` of a dataset that `datasets` can load; or PREFIX of
+    Megatron's PREFIX.bin and PREFIX.idx. Without #SPLIT it is the split `train`."""
     blend: dict[str, float] = field(default_factory=dict)
     """Sources and their weights, instead of `source` alone: samples are drawn in exactly these proportions."""
     kind: SampleKind = SampleKind.text
     text_field: str = "text"
-    """Field of JSONL, Parquet or `datasets` with the text of `kind=text`, and the first text of `kind=rows`."""
+    """Field (or column) with the text of `kind=text`, and the first text of `kind=rows`."""
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     pair_field: str | None = None
@@ -29,13 +31,14 @@ class DataConfig:
     label_field: str = "label"
     """Field with the class (integer) or score (number) of `kind=rows`."""
     include: str = "*"
-    """Of a folder, only files whose path matches one of these patterns, separated by commas."""
+    """Only files whose path matches one of these patterns, separated by commas: the path inside a folder or package,
+    as found by a glob. `*` matches / too. Of a folder, also files with a suffix that is named here."""
     exclude: str = ""
     """Files left out again, as `include`."""
     bad_files: BadFiles = BadFiles.skip
     tokenizer: str = "bpe"
     """`bpe` (byte level) or `wordpiece`: trained on the corpus. Else a Hugging Face tokenizer folder, a tokenizer.json,
-    or a folder with GPT-2's vocab.json and merges.txt."""
+    a folder with GPT-2's vocab.json and merges.txt, or BERT's vocab.txt (or its folder)."""
     seq_len: int = MISSING
     """Tokens in one sample."""
     vocab_size: int = MISSING

@@ -60,10 +60,8 @@ def open_data(cfg: DataConfig, model: ModelConfig) -> Data:
     folders, weights = [folder for folder, _ in found], [weight for _, weight in found]
     metas = [read_meta(folder) for folder in folders]
     maker = Maker(cfg, model, vocabulary_of(folders[0] / TOKENIZER))
-    facts = [metas[0]["fingerprint"]]
-    if len(found) > 1:
-        facts = [(meta["fingerprint"], weight) for meta, weight in zip(metas, weights, strict=True)]
-    fingerprint = facts[0] if len(facts) == 1 else _digest(facts)
+    fingerprints = [meta["fingerprint"] for meta in metas]
+    fingerprint = fingerprints[0] if len(found) == 1 else _digest(list(zip(fingerprints, weights, strict=True)))
     parts: dict[str, list[Samples]] = {}
     # Validation first: its file is the smaller one, so a length that a refusal names fits both.
     for name in reversed(SPLITS):
@@ -75,7 +73,7 @@ def open_data(cfg: DataConfig, model: ModelConfig) -> Data:
         ]
     end = maker.vocabulary.end
     return Data(
-        train=_training(parts["train"], cfg.seed, [meta["fingerprint"] for meta in metas], weights, end),
+        train=_training(parts["train"], cfg.seed, fingerprints, weights, end),
         valid=_held_out(parts["valid"], end),
         test=_held_out(parts["test"], end),
         vocabulary=maker.vocabulary,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from engine.config.derived import head_dim, logit_scale, padded_vocab
@@ -38,7 +39,11 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x_BLD: Tensor, positions: Tensor) -> Tensor:
         """(B, L, D) at `positions`, int64 (L,) or (B, L), -> (B, L, D)."""
-        return x_BLD + whole(self.weight, self.tp, sequence=self.sequence)[positions]
+        table = whole(self.weight, self.tp, sequence=self.sequence)
+        if positions.dim() == 1:
+            return x_BLD + table[positions]
+        # Each document of a row adds to the gradients of the first positions: in bf16 such a sum ends at 256 terms.
+        return x_BLD + table.to(torch.promote_types(table.dtype, torch.float32))[positions].to(table.dtype)
 
 
 def drop_embeddings(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:

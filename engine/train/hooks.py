@@ -42,7 +42,8 @@ class _Quiet:
 class Metrics(_Quiet):
     """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps.
 
-    Tokens and speed are said where each sample has data.seq_len tokens: with data.variable_length nobody counts them.
+    Tokens are positions, padding included. They and the speed are said where each sample has data.seq_len of them:
+    with data.variable_length nobody counts them.
     `step_s` is the mean time of the steps since the line before, validation left out, and `data_wait_s` the part of it
     that rank 0 waited for its batch; `data_wait_share` in the summary is that part over the whole run.
     """
@@ -103,7 +104,11 @@ class Metrics(_Quiet):
 
 
 class Validation(_Quiet):
-    """Loss on held-out samples before training, every `train.eval_every` steps and at the end."""
+    """Loss on held-out samples before training, every `train.eval_every` steps and at the end.
+
+    Global batches weigh as many as their samples, inside of which each target weighs the same: where samples have
+    unequal numbers of targets, this is not the mean over all targets.
+    """
 
     def __init__(self, engine: Engine, data: Data, cfg: Config, sink: MetricSink, metrics: Metrics | None) -> None:
         self._engine, self._data, self._cfg, self._sink, self._metrics = engine, data, cfg, sink, metrics

@@ -74,7 +74,7 @@ class Maker:
             windows = StreamWindows(stream, self.cut, borders=not bert and (cfg.document_mask or cfg.fim_rate > 0))
         if self.model.sentence_head is SentenceHead.next_sentence and windows.num_windows < 2:
             raise _no_other_sample(cfg, self.model, stream)
-        return self.of_windows(windows, split)
+        return self._of_windows(windows, split)
 
     def random(self, split: int) -> Samples:
         """Samples of random tokens. Raises DataError 420: too few tokens."""
@@ -90,10 +90,9 @@ class Maker:
             raise DataError.of(420, "data.vocab_size", cfg.vocab_size, f"random text of {what}", way_out)
         tokens = RandomTokens(first=first, vocab_size=cfg.vocab_size, end=end)
         windows = RandomWindows(cfg.seed, split, self.cut, tokens, variable_length=cfg.variable_length)
-        return self.of_windows(windows, split)
+        return self._of_windows(windows, split)
 
-    def of_windows(self, windows: Windows, split: int) -> Samples:
-        """Samples of windows of text."""
+    def _of_windows(self, windows: Windows, split: int) -> Samples:
         cfg, vocabulary = self.cfg, self.vocabulary
         if self.model.family is Family.bert:
             special = self._special()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.samples.draws import Words, mix, seed_of
+from engine.data.samples.draws import Words, mix, row_keys, seed_of, words
 
 _ROUNDS = 8
 """Even."""
-_MIN_BITS = 8
-"""A network of fewer bits has too few states to be uniform; the numbers past the end are walked over."""
+_SORTED = 256
+"""Samples up to which an epoch is sorted: a network of so few bits has too few states to be uniform."""
 
 
 def sample_numbers(
@@ -39,25 +39,34 @@ class Shuffle:
 
     A Feistel network permutes the numbers of the smallest power of two that holds `size`; what lies past the end is
     permuted again until it does not (cycle walking: Black and Rogaway, CT-RSA 2002). So the place of any sample costs
-    a few operations and no memory, and every epoch has every sample exactly once.
+    a few operations and no memory, and every epoch has every sample exactly once. Up to 256 samples are sorted by
+    random words instead.
     """
 
     def __init__(self, seed: int, fingerprint: str, size: int) -> None:
         self.size = size
-        bits = max(_MIN_BITS, (size - 1).bit_length())
+        self._seed = seed_of(seed, fingerprint, "order")
+        bits = (size - 1).bit_length()
         self._high, self._low = bits // 2, bits - bits // 2
         self._keys = np.array([seed_of(seed, fingerprint, "order", r) for r in range(_ROUNDS)], dtype=np.uint64)
 
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Samples for global sample numbers (any shape, at least 0): number n is in epoch n // size."""
-        if self.size == 1:
-            return np.zeros_like(numbers)
+        if self.size <= _SORTED:
+            return self._sorted(numbers.reshape(-1)).reshape(numbers.shape)
         epochs, places = np.divmod(numbers.astype(np.uint64).reshape(-1), np.uint64(self.size))
         keys = mix(self._keys[:, None] + epochs)
         found = self._permuted(places, keys)
         while (past := np.flatnonzero(found >= self.size)).size:
             found[past] = self._permuted(found[past], keys[:, past])
         return found.astype(np.int64).reshape(numbers.shape)
+
+    def _sorted(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        epochs, places = np.divmod(numbers, self.size)
+        known, rows = np.unique(epochs, return_inverse=True)
+        found = words(row_keys(self._seed, known)[:, None], np.arange(self.size))
+        orders: NDArray[np.int64] = np.argsort(found, axis=1, kind="stable")[rows, places]
+        return orders
 
     def _permuted(self, values: Words, keys: Words) -> Words:
         """One pass through the network. Each round adds a hash of one half to the other, then they change places."""

@@ -36,7 +36,7 @@ class Text:
     """B windows. Row r has `lengths[r]` tokens; what follows them is not defined.
 
     `context`: the first predictions of each row that are not its own. `starts`: where a document begins after the
-    row's first token, None when nobody asked.
+    row's first token, None when nobody asked or each row is of one document.
     """
 
     tokens: NDArray[np.int64]
@@ -179,7 +179,7 @@ class RandomWindows:
         ends = (words >> _32) % np.uint64(max(self._cut.seq_len // 4, 1)) == 0
         tokens[ends] = end
         starts = np.zeros((len(indices), width), dtype=np.bool_)
-        starts[:, 1:] = ends[:, :-1]
+        starts[:, 1:] = ends[:, :-1] & (np.arange(1, width) < lengths[:, None])
         return Text(tokens, lengths, context, starts)
 
     def _words(self, index: int) -> NDArray[np.uint64]:

@@ -44,6 +44,7 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
     (BLEND | {"data__blend": {"a": float("inf")}}, 369, "data.blend=", "a finite number", "leave the source out"),
     (HEADLESS | ROWS, 370, "data.kind=rows", "model.sentence_head is none", "model.sentence_head=next_sentence"),
     (COMPLETION | {"data__source": "random"}, 371, "data.kind=completion", "gives text only", "another data.source"),
+    ({"data__source": "random", "data__fim_rate": 0.5}, 375, "data.fim_rate=0.5", "no tokens that mark", "fim_rate=0"),
     ({"data__overlap": 4, "data__fim_rate": 0.5}, 372, "data.overlap=4", "do not continue each other", "fim_rate=0"),
     (COMPLETION | {"data__overlap": 4}, 372, "data.overlap=4", "data.kind=completion", "Use data.overlap=0"),
     (COMPLETION | {"data__fim_rate": 0.5}, 373, "data.fim_rate=0.5", "follows its prompt", "or data.kind=text"),

@@ -125,6 +125,15 @@ def test_random_text_with_document_ends_has_about_four_in_a_window() -> None:
     assert abs(int((text.tokens == 0).sum()) - 32500 / 16) < 5 * np.sqrt(32500 * 15) / 16
 
 
+def test_random_documents_begin_inside_their_row() -> None:
+    cut = Cut(seq_len=16, width=17, stride=16, shortest=2)
+    text = RandomWindows(0, 0, cut, RandomTokens(first=1, vocab_size=50, end=0), variable_length=True).read(
+        np.arange(200)
+    )
+    assert text.starts is not None and text.starts.sum() > 100
+    assert not text.starts[np.arange(17) >= text.lengths[:, None]].any()
+
+
 def test_an_unread_stream_costs_no_lists(tmp_path: Path) -> None:
     text = stream(tmp_path, DOCUMENTS)
     StreamWindows(text, NEXT).read(np.array([0]))

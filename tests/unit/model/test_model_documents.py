@@ -15,6 +15,7 @@ from engine.dist.context import SINGLE, AxisGroup, ParallelContext
 from engine.model.batch import Batch, Documents
 from engine.model.block import Block
 from engine.model.feed import make_feed
+from engine.model.gpt import LearnedPositions
 from engine.model.layers import build_stacks
 from engine.model.rope import RotaryTable
 from engine.runtime.reference import ReferenceEngine
@@ -165,6 +166,16 @@ def test_blocks_rotate_by_positions_in_documents(monkeypatch: pytest.MonkeyPatch
     whole_model(LLAMA)(None, feed)
     assert len(seen) == 2 * LLAMA.num_layers
     assert all(positions is feed.document_positions_BS for positions in seen)
+
+
+def test_positions_of_many_documents_lose_no_gradient_in_bf16() -> None:
+    positions = LearnedPositions(GPT2, SINGLE, False).bfloat16()
+    x_BLD = torch.zeros(2, 600, GPT2.hidden_size, dtype=torch.bfloat16)
+    out = positions(x_BLD, torch.arange(600).expand(2, 600) % 2)
+    assert out.dtype is torch.bfloat16
+    out.backward(torch.ones_like(out))
+    assert positions.weight.grad is not None and positions.weight.grad.dtype is torch.bfloat16
+    assert (positions.weight.grad[:2] == 600).all()
 
 
 @by_name
