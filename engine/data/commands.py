@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -45,23 +46,31 @@ def full_config(argv: Sequence[str], checked: tuple[str, ...] = ("data.", "model
     return cfg
 
 
+def say(line: str) -> None:
+    """Print `line` at once. A stdout that nobody reads, as after `| head`, or on a full disk, ends no build."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def build(argv: list[str]) -> int:
     """Build what training would build; tell where it is and how much it holds."""
     started = time.monotonic()
     try:
         cfg = data_config(argv)
-        prepare(cfg, lambda line: print(line, flush=True))
+        prepare(cfg, say)
         found = entries(cfg)
         size = 0
         for folder, share in found:
             meta = read_meta(folder)
             size += meta["bytes"]
-            print(f"{folder}" + (f" ({share:.1%} of the samples)" if len(found) > 1 else ""))
+            say(f"{folder}" + (f" ({share:.1%} of the samples)" if len(found) > 1 else ""))
             for name in (split for split in SPLITS if split in meta["splits"]):
                 split = meta["splits"][name]
-                print(f"  {name:5}  {split['documents']:>12,} documents  {split['tokens']:>15,} tokens")
+                say(f"  {name:5}  {split['documents']:>12,} documents  {split['tokens']:>15,} tokens")
         took = time.monotonic() - started
-        print(f"{size:,} bytes of input in {took:.1f} s, {size / took / 1e6:.1f} MB/s")
+        say(f"{size:,} bytes of input in {took:.1f} s, {size / took / 1e6:.1f} MB/s")
     except HelpRequested as asked:
         print(f"{_USAGE}\n{asked}")
     except EngineError as error:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = "train.steps=3 train.eval_batches=1 data.max_bytes=300000 data.valid_fraction=0.3 data.vocab_size=400"
+DATA = "max_bytes=300000 valid_fraction=0.3 vocab_size=400"
 FOUR_RANKS = ("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU", "step N: validation loss N")
 RUN_FILES = ("metrics.jsonl", "loss.png", "summary.json", "weights", "config.yaml", "environment.json")
 
@@ -39,7 +40,7 @@ class Plan:
 
 PARITY = (
     "--worlds 1,2 --pp 1 --tp 1 --context 1 --sequence off --zero 1 --accum 1 --offload none --flavours gpt2 "
-    "--recompute none --tied tied --dropout 0.0 --length fixed --loss plain train.steps=2 data.seq_len=8"
+    "--packed off --recompute none --tied tied --dropout 0.0 --length fixed --loss plain train.steps=2 data.seq_len=8"
 )
 PARITY_SAYS = ("parity: N cases, N references computed", "parity holds in all N cases")
 COMMANDS = {
@@ -70,6 +71,14 @@ COMMANDS = {
         says=("zero zN, zN, z1_offload, zN, z2_offload, zN, z3_infinity, z3_offload", "model: A transformer.")
     ),
     "python -m engine.train --cfg job experiment=first_light": Plan(says=("name: first_light", "pp: N")),
+    "python -m engine.data build data=text source=texts": Plan(
+        DATA, says=("train N documents N tokens", "valid N documents N tokens")
+    ),
+    "python -m engine.data inspect data=text source=texts --png page.png": Plan(DATA, says=("wrote page.png",)),
+    "python -m engine.data verify data=text source=texts": Plan(DATA, says=("N files, N MB in N s: all ok",)),
+    "python -m engine.data split data=text source=texts": Plan(
+        DATA, says=("exact copies (same tokens) among N documents",)
+    ),
     "python -m engine.train data=text data.source=texts data.seq_len=64 run.name=mine": Plan(
         f"{TINY} train.device=cpu", says=("step N: validation loss N",), run="mine"
     ),

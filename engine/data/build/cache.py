@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,10 @@ from engine.data.corpus.documents import fingerprint
 from engine.data.storage.files import read_json
 from engine.data.storage.indexed import IndexedFile
 from engine.data.storage.prefix import is_prefix, prefix_fingerprint
+from engine.data.tokenizer.vocabulary import given_path
 from engine.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the meaning of an entry changes; older entries are then left alone and built anew."""
 META = "meta.json"
 TOKENIZER = "tokenizer"
@@ -36,17 +38,24 @@ TOKENIZER_META = "octant.json"
 """In the folder of a tokenizer of the cache: its digest; written last."""
 SPLITS = ("train", "valid", "test")
 RANDOM_SOURCE = "random"
-_FIELDS = ("vocab_size", "fingerprint", "tokenizer", "kind", "splits", "prefix")
+_FIELDS = ("vocab_size", "fingerprint", "tokenizer", "kind", "splits", "prefix", "problems")
 _TRAINED = ("bpe", "wordpiece")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """`data.cache_dir`, else `$XDG_CACHE_HOME/octant`, else `~/.cache/octant`. May not exist yet."""
-    if cfg.cache_dir is not None:
-        return Path(cfg.cache_dir).expanduser().absolute()
+    """`data.cache_dir`, else `$XDG_CACHE_HOME/octant`, else `~/.cache/octant`. May not exist yet.
+
+    Raises DataError 414: the user has no home folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "octant"
+    try:
+        if cfg.cache_dir:
+            return Path(cfg.cache_dir).expanduser().absolute()
+        return (Path(base) if base else Path.home() / ".cache") / "octant"
+    except RuntimeError as error:
+        rule = f"{str(error).rstrip('.')} of user {os.getuid()}, so the cache folder has no place"
+        raise DataError.of(414, "data.cache_dir", cfg.cache_dir, rule, "Set data.cache_dir to a full path") from error
 
 
 def weights(cfg: DataConfig) -> dict[str, float]:
@@ -76,15 +85,24 @@ def source_fingerprint(cfg: DataConfig, source: str) -> str:
 
 
 def tokenizer_folder(cfg: DataConfig) -> Path:
-    """Where the tokenizer for `cfg` lies in the cache, named after all that it is made from."""
+    """Where the tokenizer for `cfg` lies in the cache, named after all that it is made from.
+
+    Raises DataError 447: a file of a given one cannot be read.
+    """
     facts: list[object] = [FORMAT, cfg.vocab_size]
     if trains_tokenizer(cfg):
         facts += [cfg.tokenizer, _reading(cfg), [source_fingerprint(cfg, source) for source in weights(cfg)]]
     else:
-        given = Path(cfg.tokenizer)
-        folder = given if given.is_dir() else given.parent
-        found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
-        facts += [given.name, [(path.name, file_digest(path)) for path in sorted(found)]]
+        given = given_path(cfg.tokenizer)
+        folder = given if os.path.isdir(given) else given.parent
+        try:
+            found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+            # A file may have a name of its own.
+            found |= {given} if os.path.isfile(given) else set()
+            facts += [given.name, [(path.name, file_digest(path)) for path in sorted(found)]]
+        except OSError as error:
+            way_out = "Make it readable, or give another tokenizer"
+            raise DataError.of(447, "data.tokenizer", cfg.tokenizer, f"it cannot be read ({error})", way_out) from error
     return cache_root(cfg) / f"tokenizer-{_key(facts)}"
 
 
@@ -161,11 +179,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise _absent(folder, "the corpus")
     try:
         meta = read_json(folder / META)
+        digest = meta.pop("digest")
         for field in _FIELDS:
             meta[field]
     except (OSError, ValueError, KeyError) as error:
         raise damaged(folder, folder / META, f"cannot be read ({error!r})") from error
+    if (found := sealed(meta)["digest"]) != digest:
+        raise damaged(folder, folder / META, f"is damaged: its digest is {found}, it records {digest}")
     return meta
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a meta file holds: `meta`, and the hex digest that `read_meta` compares."""
+    content = json.dumps(meta, sort_keys=True).encode()
+    return {**meta, "digest": hashlib.blake2b(content, digest_size=16).hexdigest()}
 
 
 def verify_entry(folder: Path) -> dict[str, Any]:
@@ -222,10 +249,11 @@ def writable(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise DataError.of(
             414,
             "data.cache_dir",
             root,
-            f"the cache folder cannot be written ({error})",
+            f"the cache folder cannot be written ({reason})",
             "Set data.cache_dir (or XDG_CACHE_HOME) to a writable folder with free space",
         ) from error

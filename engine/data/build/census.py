@@ -57,22 +57,29 @@ class Census:
         option, start = f"data.{last}_fraction", cfg.valid_fraction if last == "test" else 0.0
         lowest = min(low for low, _ in self.ranges.values())
         highest = self.ranges[last][1]
-        way_out = "Nearest legal: data.valid_fraction=0 and data.test_fraction=0 (nothing held out)"
+        way_out = "Nearest legal: data.valid_fraction=0 data.test_fraction=0 train.eval_batches=0 (nothing held out)"
         if lowest < highest and highest - start > _STEP:
-            way_out = f"Nearest legal: {option}={highest - start - _STEP:.6f}; 0 means no {_NAMES[last]}"
+            way_out = f"Nearest legal: {option}={highest - start - _STEP:.6f}; {_without(last)} means no {_NAMES[last]}"
         rule = f"{self._all(source)} out of the training split, the training split is empty"
         return DataError.of(416, option, getattr(cfg, f"{last}_fraction"), rule, way_out)
 
     def _not_held_out(self, cfg: DataConfig, source: str, split: str, start: float) -> Exception:
         option = f"data.{split}_fraction"
-        way_out = f"Nearest legal: {option}=0 (no {_NAMES[split]})"
+        way_out = f"Nearest legal: {_without(split)} (no {_NAMES[split]})"
         # The lowest document of the next split that has any comes over.
         after = next(name for name in ("test", "train") if name != split and name in self.counts)
         low, high = self.ranges[after]
         if low < high:
-            way_out = f"Nearest legal: {option}={low - start + _STEP:.6f}; 0 means no {_NAMES[split]}"
+            way_out = f"Nearest legal: {option}={low - start + _STEP:.6f}; {_without(split)} means no {_NAMES[split]}"
         rule = f"{self._all(source)} out of the {_NAMES[split]} split, the {_NAMES[split]} split is empty"
         return DataError.of(415, option, getattr(cfg, f"{split}_fraction"), rule, way_out)
 
     def _all(self, source: str) -> str:
-        return f"the content hash puts all {sum(self.counts.values())} documents of {source}"
+        count = sum(self.counts.values())
+        which = "the only document" if count == 1 else f"all {count} documents"
+        return f"the content hash puts {which} of {source}"
+
+
+def _without(split: str) -> str:
+    """Options that hold out nothing for `split`; training then has nothing to validate on."""
+    return f"data.{split}_fraction=0" + (" train.eval_batches=0" if split == "valid" else "")

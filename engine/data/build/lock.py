@@ -79,7 +79,12 @@ class Owner:
         """Make the owner file and begin to count in it. False: somebody else's is there."""
         try:
             with open(self._path, "xb") as file:
-                _put(file.fileno(), self._content())
+                try:
+                    _put(file.fileno(), self._content())
+                except BaseException:
+                    # Others would wait for a holder that never was.
+                    self._path.unlink(missing_ok=True)
+                    raise
         except FileExistsError:
             return False
         self._thread.start()
@@ -167,7 +172,7 @@ class _Waiter:
         self._changed = self._moved = time.monotonic()
 
     def look(self) -> bool:
-        """Say once who builds, wait a little; True when the owner file's holder is dead. Raises DataError 451."""
+        """True when the owner file's holder is dead; else say once who builds, wait a little. Raises DataError 451."""
         now, content = time.monotonic(), _look(self._path)
         facts = _facts(content)
         if content != self._content:
@@ -176,12 +181,12 @@ class _Waiter:
         if done != self._done:
             self._done, self._moved = done, now
         who = f"process {facts.get('pid')} of {facts.get('host')}" if facts else "another process"
+        if content is not None and (self._gone(facts) or now - self._changed > self._timing.stale_s):
+            return True
         if not self._said:
             self._said = True
             limit = f"at most {self._wait_s:g} s without progress (data.wait_s)"
             self._say(f"data: waiting for {who}, which builds {self._folder}; {limit}")
-        if content is not None and (self._gone(facts) or now - self._changed > self._timing.stale_s):
-            return True
         if now - self._moved > self._wait_s:
             raise DataError.of(
                 451,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.config.enums import BadFiles
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import (
     FORMAT,
@@ -25,6 +26,7 @@ from engine.data.build.cache import (
     entry_folder,
     file_digest,
     folder_digest,
+    sealed,
     tokenizer_digest,
     tokenizer_folder,
     trains_tokenizer,
@@ -39,7 +41,7 @@ from engine.data.build.pool import build_shards
 from engine.data.build.progress import Progress
 from engine.data.build.sample import sample_texts
 from engine.data.build.shard import RECORD, Job, Shard, build_shard, cut_shards, labels_file, rename_once
-from engine.data.corpus.documents import no_documents, units
+from engine.data.corpus.documents import bad_file, no_documents, units
 from engine.data.corpus.units import Problem
 from engine.data.storage.files import read_json, write_json
 from engine.data.storage.indexed import IndexedFile, merge
@@ -85,7 +87,9 @@ def build_entries(cfg: DataConfig, say: Say, shard_bytes: int | None = None) -> 
         entry = _Entry(cfg, source, folder, tokenizer, digest, shard_bytes, say)
         if not _build_once(cfg, folder, META, say, entry.build):
             started = time.monotonic()
-            verify_entry(folder)
+            meta = verify_entry(folder)
+            for path, reason in meta["problems"][:1] if cfg.bad_files is BadFiles.stop else ():
+                raise bad_file(cfg, Problem(path, reason))
             took = time.monotonic() - started
             say(f"data: using {folder}" + (f", verified in {took:.1f} s" if took > 1 else ""))
 
@@ -105,9 +109,13 @@ def _build_once(cfg: DataConfig, folder: Path, record: str, say: Say, build: Cal
                     if missing:
                         partial.mkdir(exist_ok=True)
                         _clean(partial)
-                        done = build(partial, owner)
-                        owner.check()
-                        rename_once(done, folder, folder / record)
+                        try:
+                            done = build(partial, owner)
+                            owner.check()
+                            rename_once(done, folder, folder / record)
+                        except BaseException:
+                            shutil.rmtree(_final(partial, owner), ignore_errors=True)
+                            raise
                     shutil.rmtree(partial, ignore_errors=True)
                 return missing
             except OwnershipLost:
@@ -126,8 +134,13 @@ def _clean(partial: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _final(partial: Path, owner: Owner) -> Path:
+    """Where `owner` puts what is to become the entry; finished shards lie beside it and outlast a failure."""
+    return partial / f"final.{owner.token}"
+
+
 def _make_tokenizer(cfg: DataConfig, partial: Path, owner: Owner, say: Say) -> Path:
-    folder = partial / f"final.{owner.token}"
+    folder = _final(partial, owner)
     folder.mkdir()
     if trains_tokenizer(cfg):
         say(f"data: training the tokenizer {cfg.tokenizer} with {cfg.vocab_size} entries")
@@ -152,7 +165,7 @@ class _Entry:
         """Build it in FOLDER.partial; the finished folder."""
         started = time.monotonic()
         vocabulary = vocabulary_of(self.tokenizer)
-        final = partial / f"final.{owner.token}"
+        final = _final(partial, owner)
         final.mkdir()
         shutil.copytree(self.tokenizer, final / TOKENIZER, ignore=shutil.ignore_patterns(TOKENIZER_META))
         if is_prefix(self.source):
@@ -174,7 +187,7 @@ class _Entry:
             "fingerprint": hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest(),
             **facts,
         }
-        write_json(final / META, meta)
+        write_json(final / META, sealed(meta))
         counts = ", ".join(f"{split['tokens']} {name}" for name, split in facts["splits"].items())
         took = time.monotonic() - started
         self.say(f"data: {self.folder}: {counts} tokens, vocabulary {vocabulary.size}, {took:.1f} s")

@@ -57,17 +57,29 @@ def _documents(batches: Iterable[Any], count: int, unit: Unit, cfg: DataConfig, 
     kept = count if unit.limit is None else count * unit.limit // unit.size
     integers, number = unit.integers, unit.start
     for batch in batches:
-        for record in batch.to_pylist():
+        for record in _records(batch):
             if number - unit.start >= kept:
                 return
             number += 1
             try:
+                if isinstance(record, BadInputError):
+                    raise record
                 document = document_of(record, f"{unit.name}:{number}", cfg, integers)
             except BadInputError as error:
                 report(f"{unit.path}, row {number}", str(error))
             else:
                 integers = settled(integers, document)
                 yield document
+
+
+def _records(batch: Any) -> list[Any]:
+    """The rows of `batch`; in place of one whose text is not UTF-8, which no library checks before, the reason."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [BadInputError(f"is not UTF-8 ({error.reason} at offset {error.start} of a text)")]
+        return [record for row in range(batch.num_rows) for record in _records(batch.slice(row, 1))]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,14 @@ from engine.data.corpus.listing import PYTHON_SOURCE, TABLE_SUFFIXES, SourceFile
 from engine.data.corpus.readers import READERS
 from engine.data.corpus.records import fields, has_field
 from engine.data.corpus.units import BadInputError, Document, Format, Problem, Unit, option_of
+from engine.data.storage.prefix import is_prefix
 from engine.errors import DataError
 
 __all__ = [
     "Document",
     "Problem",
     "Unit",
+    "bad_file",
     "fingerprint",
     "no_documents",
     "read_unit",
@@ -129,8 +132,7 @@ def read_unit(unit: Unit, cfg: DataConfig, problems: list[Problem]) -> Iterator[
         nonlocal count
         problem = Problem(path, reason)
         if cfg.bad_files is BadFiles.stop:
-            way_out = "Repair it, leave it out with data.exclude, or use data.bad_files=skip"
-            raise DataError.of(440, "data.bad_files", cfg.bad_files, str(problem), way_out)
+            raise bad_file(cfg, problem)
         count += 1
         if count <= MAX_PROBLEMS:
             problems.append(problem)
@@ -145,17 +147,26 @@ def read_unit(unit: Unit, cfg: DataConfig, problems: list[Problem]) -> Iterator[
         problems.append(Problem(unit.path, f"{count - MAX_PROBLEMS} more problems"))
 
 
+def bad_file(cfg: DataConfig, problem: Problem) -> Exception:
+    """The refusal (440) of input that cannot be used, with data.bad_files=stop."""
+    way_out = "Repair it, leave it out with data.exclude, or use data.bad_files=skip"
+    return DataError.of(440, "data.bad_files", cfg.bad_files, str(problem), way_out)
+
+
 def no_documents(cfg: DataConfig, source: str, num_units: int, problems: Sequence[Problem]) -> Exception:
     """The refusal (403) of a source none of whose `num_units` units gave a document."""
     listed = "; ".join(str(problem) for problem in problems[:3])
-    return DataError.of(
-        403,
-        option_of(cfg, source),
-        source,
-        f"its {num_units} units of files hold no document of data.kind={cfg.kind} within data.max_bytes={cfg.max_bytes}"
-        + (f" ({len(problems)} problems, first: {listed})" if problems else ""),
-        f"Give a source whose records have {', '.join(fields(cfg))}, or a larger data.max_bytes",
-    )
+    rule = f"no document of data.kind={cfg.kind} is in it"
+    way_out = "Give text files in UTF-8, or" if cfg.kind is SampleKind.text else "Give"
+    way_out += f" records with {', '.join(fields(cfg))}"
+    if cfg.max_bytes is not None:
+        rule += f" within data.max_bytes={cfg.max_bytes}"
+        way_out += ", or a larger data.max_bytes"
+    rule += f" (units of files: {num_units}, problems: {len(problems)}" + (f", first: {listed})" if problems else ")")
+    prefix, suffix = os.path.splitext(source)
+    if suffix in (".bin", ".idx") and is_prefix(prefix):
+        way_out = f"Give {prefix}, the prefix of {prefix}.bin and {prefix}.idx, and data.tokenizer"
+    return DataError.of(403, option_of(cfg, source), source, rule, way_out)
 
 
 def fingerprint(cfg: DataConfig, source: str) -> str:

@@ -90,8 +90,10 @@ def _python_files(cfg: DataConfig, source: str) -> list[SourceFile]:
         return [file for label, root in roots.items() for file in _walk(Path(root), suffix, f"{label}/")]
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or (spec.submodule_search_locations is None and not (spec.origin or "").endswith(".py")):
-        installed = {path.stem for path in Path(paths["purelib"]).glob("*") if path.stem.isidentifier()}
-        rule = f"the interpreter {sys.executable} has no Python package called {name!r}"
+        installed = {
+            path.stem for path in Path(paths["purelib"]).glob("*") if path.stem.isidentifier() and path.stem[0] != "_"
+        }
+        rule = f"the interpreter {sys.executable} has no package of .py files called {name!r}"
         way_out = f"{nearest(name, installed)}; python:all means all of them"
         raise DataError.of(444, option_of(cfg, source), source, rule, way_out)
     if spec.submodule_search_locations is None:
@@ -105,13 +107,24 @@ def _suffixes(cfg: DataConfig) -> frozenset[str]:
 
 
 def _walk(root: Path, suffixes: frozenset[str], prefix: str = "") -> list[SourceFile]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
+    found: list[SourceFile] = []
+
+    def unreadable(error: OSError) -> None:
+        """A folder that cannot be listed is met again by the reader, which reports why."""
+        path = Path(error.filename)
+        found.append(SourceFile(prefix + path.relative_to(root).as_posix(), str(path), 0, 0))
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [n for n in subfolders if n not in _SKIPPED_FOLDERS and not n.startswith(".")]
         for name in names:
             path = Path(folder, name)
-            if plain_suffix(name) in suffixes and path.is_file():
-                found.append(_stat(prefix + path.relative_to(root).as_posix(), str(path)))
+            if plain_suffix(name) not in suffixes:
+                continue
+            try:
+                if path.is_file():
+                    found.append(_stat(prefix + path.relative_to(root).as_posix(), str(path)))
+            except OSError as error:  # a folder whose files may be named but not looked at
+                unreadable(error)
     return found
 
 
@@ -119,13 +132,13 @@ def _matched(cfg: DataConfig, source: str) -> list[SourceFile]:
     paths = [source] if os.path.isfile(source) else glob.glob(source, recursive=True)
     files = [_stat(path, path) for path in paths if os.path.isfile(path)]
     if not files:
-        raise DataError.of(
-            401,
-            option_of(cfg, source),
-            source,
-            f"no folder has this path and no file matches it as a glob, seen from {Path.cwd()}",
-            "Give an existing folder, a quoted glob such as 'texts/**/*.txt', or data.source=python",
-        )
+        rule = f"no folder has this path and no file matches it as a glob, seen from {Path.cwd()}"
+        way_out = "Give an existing folder, a quoted glob such as 'texts/**/*.txt', or data.source=python"
+        for there, absent in ((".bin", ".idx"), (".idx", ".bin")):
+            if os.path.isfile(source + there):
+                rule += f"; as a Megatron prefix it has {source}{there} and lacks {source}{absent}"
+                way_out = f"Put {Path(source).name}{absent} beside {Path(source).name}{there}"
+        raise DataError.of(401, option_of(cfg, source), source, rule, way_out)
     return files
 
 

@@ -26,6 +26,7 @@ _BLOCK = 1 << 24
 def read_text(unit: Unit, cfg: DataConfig, report: Report) -> Iterator[Document]:
     """The whole file as one document; with a limit cut there, before a character that does not fit."""
     if cfg.kind is not SampleKind.text:
+        open(unit.path, "rb").close()  # what cannot be opened is reported as that
         report(unit.path, f"holds no records: data.kind={cfg.kind} reads .jsonl, .csv, .tsv and .parquet files")
         return
     text = _decoded(unit, cfg)

@@ -23,18 +23,18 @@ def saved_shards(cfg: DataConfig, source: str) -> list[tuple[str, str]] | None:
     """
     place, _, split = (source, "", "") if os.path.exists(source) else source.partition("#")
     folder = Path(place)
-    if (folder / _DICT).is_file():
+    if os.path.isfile(folder / _DICT):
         splits = _read(cfg, source, folder / _DICT, "splits")
         wanted = split or _DEFAULT_SPLIT
         if wanted not in splits:
             raise _no_split(cfg, source, wanted, [str(name) for name in splits])
         folder = folder / wanted
-    elif not ((folder / _STATE).is_file() and (folder / _INFO).is_file()):
+    elif not (os.path.isfile(folder / _STATE) and os.path.isfile(folder / _INFO)):
         return None
     elif split:
         raise _no_split(cfg, source, split, [])
     names = [entry["filename"] for entry in _read(cfg, source, folder / _STATE, "_data_files")]
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise _unreadable(cfg, source, folder / _STATE, f"names {missing[0]}, which is not there")
     return [(name, str(folder / name)) for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ def verify(argv: list[str]) -> int:
 
 
 def _verify(options: argparse.Namespace, words: list[str]) -> int:
-    bare = [word for word in words if "=" not in word and not word.startswith(("~", "-", "+"))]
+    bare = [word for word in words if _is_file(word) or ("=" not in word and not word.startswith(("~", "-", "+")))]
     if bare:
         checks = _bare(bare, words, options.vocab_size)
     else:
@@ -46,6 +47,14 @@ def _verify(options: argparse.Namespace, words: list[str]) -> int:
     return 1 if damages else 0
 
 
+def _stem(word: str) -> str:
+    return word.removesuffix(".bin").removesuffix(".idx")
+
+
+def _is_file(word: str) -> bool:
+    return any(os.path.exists(f"{_stem(word)}{suffix}") for suffix in (".bin", ".idx"))
+
+
 def _bare(prefixes: list[str], words: list[str], vocab_size: int | None) -> Iterator[Check]:
     if vocab_size is not None:
         within("--vocab-size", vocab_size, 1, 1 << 31)
@@ -53,9 +62,9 @@ def _bare(prefixes: list[str], words: list[str], vocab_size: int | None) -> Iter
     if others:
         rule = f"{prefixes[0]} is a file to verify alone, and {others[0]} is an option of training"
         raise DataError.of(471, "PREFIX", prefixes[0], rule, "Give one or the other")
-    stems = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
+    stems = [_stem(prefix) for prefix in prefixes]
     for stem in stems:
-        if not any(Path(f"{stem}{suffix}").exists() for suffix in (".bin", ".idx")):
+        if not _is_file(stem):
             rule = f"there is neither {stem}.bin nor {stem}.idx"
             raise DataError.of(471, "PREFIX", stem, rule, "Give the path of a token file without its suffix")
     return (check for stem in stems for check in prefix_checks(Path(stem), "data.source", vocab_size, foreign=True))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 
 def is_prefix(source: str) -> bool:
     """Whether `source` is PREFIX of PREFIX.bin and PREFIX.idx."""
-    return all(Path(f"{source}{suffix}").is_file() for suffix in (".bin", ".idx"))
+    return all(os.path.isfile(f"{source}{suffix}") for suffix in (".bin", ".idx"))
 
 
 def prefix_fingerprint(source: str) -> str:

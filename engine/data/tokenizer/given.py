@@ -6,6 +6,7 @@ Pickles and code that comes with a tokenizer are never loaded.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.data.tokenizer.train import BERT_CONFIG, TRAINERS, add_bert_template, bert_tokenizer
-from engine.data.tokenizer.vocabulary import FIM, ROLES, TOKENIZER_CONFIG, TOKENIZER_JSON, entries_of, roles_in
+from engine.data.tokenizer.vocabulary import (
+    FIM,
+    ROLES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    entries_of,
+    given_path,
+    roles_in,
+)
 from engine.errors import DataError
 
 _USUAL = {
@@ -37,8 +46,8 @@ def given_tokenizer(spec: str, vocab_size: int) -> tuple[Tokenizer, dict[str, ob
 
     Raises DataError 441, 446 to 449, as `make_tokenizer`.
     """
-    path = Path(spec).expanduser()
-    if not path.exists():
+    path = given_path(spec)
+    if not os.path.exists(path):
         way_out = f"Give a tokenizer folder, a tokenizer.json, or one of {', '.join(TRAINERS)}, which are trained"
         raise _refuse(446, spec, f"no folder or file has this path, seen from {Path.cwd()}", way_out)
     folder = path if path.is_dir() else path.parent
@@ -46,12 +55,14 @@ def given_tokenizer(spec: str, vocab_size: int) -> tuple[Tokenizer, dict[str, ob
         config = _config(folder)
         read = _reader(path)
         content = json.loads(read(path, config).to_str())
+        entries = entries_of(content)
+        if not entries:
+            raise ValueError("its vocabulary is empty")
     except Exception as error:  # both libraries raise whatever a malformed file leads to
         reason = str(error).strip().split("\n")[0]
         way_out = "Give a folder with tokenizer.json, with vocab.json and merges.txt, or with vocab.txt"
         rule = f"it cannot be read as a tokenizer ({type(error).__name__}: {reason})"
         raise _refuse(447, spec, rule, way_out) from error
-    entries = entries_of(content)
     size = max(entries.values()) + 1
     if size > vocab_size:
         rule = f"it has {size} entries, more than data.vocab_size={vocab_size}"

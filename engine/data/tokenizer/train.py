@@ -16,6 +16,8 @@ MIN_BPE = 257
 """256 bytes and the end-of-text token: any text can be encoded, so there is no unknown token."""
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_WORDPIECE = 64
+MAX_TRAINED = 1 << 24
+"""The trainers reserve memory for all entries before they read a text."""
 _MARKS = ("[CLS]", "[SEP]", "[MASK]", *FIM[0])
 _MAX_ALPHABET = 1000
 """Characters of a WordPiece vocabulary, as in BERT's; words with others are [UNK]."""
@@ -112,9 +114,12 @@ def add_bert_template(tokenizer: Tokenizer) -> None:
 
 
 def _check(spec: str, vocab_size: int, least: int, what: str) -> None:
-    if vocab_size < least:
+    if not least <= vocab_size <= MAX_TRAINED:
         rule = f"a tokenizer trained as data.tokenizer={spec} needs {what}, at least {least} entries"
-        raise DataError.of(405, "data.vocab_size", vocab_size, rule, f"Nearest legal: data.vocab_size={least}")
+        if vocab_size > MAX_TRAINED:
+            rule = f"a tokenizer that is trained has at most {MAX_TRAINED} entries"
+        way_out = f"Nearest legal: data.vocab_size={min(max(vocab_size, least), MAX_TRAINED)}"
+        raise DataError.of(405, "data.vocab_size", vocab_size, rule, way_out)
 
 
 TRAINERS: dict[str, Callable[[int, Texts], Trained]] = {"bpe": train_bpe, "wordpiece": train_wordpiece}

@@ -51,6 +51,14 @@ class Vocabulary:
     word_start: NDArray[np.bool_]
 
 
+def given_path(spec: str) -> Path:
+    """The path of a given tokenizer; a `~` that names no home folder stays."""
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError:
+        return Path(spec)
+
+
 def vocabulary_of(folder: Path) -> Vocabulary:
     """The vocabulary of a tokenizer folder written by `make_tokenizer`. Raises DataError 406 when it is damaged."""
     try:

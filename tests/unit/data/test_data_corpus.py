@@ -105,7 +105,7 @@ def test_python_source_of_one_installed_package_and_of_all(tmp_path: Path, monke
     monkeypatch.setattr("sysconfig.get_paths", lambda: {**paths, "platlib": paths["purelib"]})
     assert names("python:all") == ["purelib/numpie/y.py", "stdlib/x.py"]
     message = refusal("python:numpi")
-    assert "[OCT444] data.source=python:numpi" in message and "no Python package called 'numpi'" in message
+    assert "[OCT444] data.source=python:numpi" in message and "no package of .py files called 'numpi'" in message
     assert "Nearest: numpie" in message
 
 
@@ -205,9 +205,9 @@ def test_refusal_of_a_source_without_documents_tells_the_first_problems(tmp_path
     assert [document for unit in found for document in read_unit(unit, cfg, problems)] == []
     message = str(no_documents(cfg, source, len(found), problems))
     assert f"[OCT403] data.source={source}" in message
-    assert "its 4 units of files hold no document of data.kind=text within data.max_bytes=4" in message
-    assert "4 problems" in message and "0.txt: is not UTF-8" in message and "3.txt" not in message
-    assert "Give a source whose records have text" in message
+    assert "no document of data.kind=text is in it within data.max_bytes=4 (units of files: 4, " in message
+    assert "problems: 4" in message and "0.txt: is not UTF-8" in message and "3.txt" not in message
+    assert "Give text files in UTF-8, or records with text, or a larger data.max_bytes" in message
 
 
 def test_missing_package_is_refused_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.data.build.cache import cache_root, entries
+from engine.data.build.cache import cache_root, entries, read_meta
 from engine.data.corpus.documents import Document, split_position
 from engine.errors import DataError
 from tests.unit.data.build_helpers import built, content, counts, make_corpus, refused
@@ -137,7 +137,7 @@ def test_cache_folder_defaults(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def nearest(message: str, option: str) -> float:
-    found = re.search(rf"Nearest legal: data\.{option}=([\d.]+); 0 means no", message)
+    found = re.search(rf"Nearest legal: data\.{option}=([\d.]+); \S+=0 .*means no", message)
     assert found is not None, message
     return float(found.group(1))
 
@@ -170,7 +170,9 @@ def test_empty_training_split_is_refused_and_the_named_fraction_works(root: Path
 
 def test_single_document_can_only_train(root: Path) -> None:
     message = refused(config(root, source=str(root / "corpus" / "00.txt"), valid_fraction=0.000001))
-    assert "[OCT415]" in message and message.endswith("Nearest legal: data.valid_fraction=0 (no validation)")
+    assert "[OCT415]" in message and message.endswith(
+        "Nearest legal: data.valid_fraction=0 train.eval_batches=0 (no validation)"
+    )
     message = refused(config(root, source=str(root / "corpus" / "00.txt"), valid_fraction=1.0))
     assert "[OCT416]" in message and message.endswith("(nothing held out)")
 
@@ -181,3 +183,16 @@ def test_corpus_and_vocabulary_refusals_come_through(root: Path) -> None:
     assert "[OCT403] data.source=" in refused(config(root, source=str(root / "blank")))
     assert "[OCT401] data.source=" in refused(config(root, source=str(root / "nowhere")))
     assert "[OCT405] data.vocab_size=100" in refused(config(root, vocab_size=100))
+
+
+def test_given_files_of_one_name_are_told_apart_by_their_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    digests = []
+    for name, size in (("a", 270), ("b", 280)):
+        (root / name).mkdir()
+        made = built(config(root, vocab_size=size)) / "tokenizer" / "tokenizer.json"
+        (root / name / "mine.json").write_bytes(made.read_bytes())
+        for path in (str(root / name / "mine.json"), f"~/{name}/mine.json"):
+            folder = built(config(root, tokenizer=path, vocab_size=300))
+            digests.append(read_meta(folder)["tokenizer"])
+    assert len(set(digests)) == 2 and digests[0] == digests[1] != digests[2] == digests[3]

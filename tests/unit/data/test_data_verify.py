@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.config.enums import SampleKind
+from engine.data.build.cache import sealed
 from engine.data.build.prepare import prepare
 from engine.data.commands import main
 from engine.data.report import checks
@@ -132,7 +133,8 @@ def test_counts_of_the_meta_file_are_compared(root: Path, capsys: pytest.Capture
     meta = json.loads((entry(root) / "meta.json").read_text())
     meta["splits"]["train"]["tokens"] += 1
     meta["vocab_size"] -= 1
-    (entry(root) / "meta.json").write_text(json.dumps(meta))
+    del meta["digest"]
+    (entry(root) / "meta.json").write_text(json.dumps(sealed(meta)))
     assert main(words(root)) == 1
     found = damaged(capsys.readouterr().out)
     assert f"meta.json records {meta['splits']['train']['tokens']}" in found["train.idx"]
