@@ -159,5 +159,6 @@ def _malformed(text: str, reason: str, way_out: str = "") -> Violation:
         value=value or "(nothing)",
         rule=f"cannot be read: {reason}",
         way_out=way_out
-        or "Write section.option=value; quote a value with spaces, commas or brackets: \"option='a, b'\"",
+        or "Write section.option=value; quote a value with spaces, commas, brackets or other signs: \"option='a, b'\"; "
+        "in a mapping, put a backslash before them: 'option={a\\=b:1}'",
     )

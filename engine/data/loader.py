@@ -1,9 +1,9 @@
 """Read global batches ahead of the training loop, in a thread of its own.
 
 Every rank that needs text reads all of it from the page cache; no rank reads for another. For 64 rows of 1024 tokens
-(`benchmarks.data.reading`, two busy cores, gloo) 2 ranks that all read have the batch in 1.9 ms, 3.8 ms when one
-broadcasts; 4 ranks in 3.8 and 4.5 ms, though they then spend 7 ms of CPU time together instead of 4. Those 1.8 ms a
-rank pass beside the step, while a broadcast would need a process group of the thread's own and let one slow reader
+(`benchmarks.data.reading`, two cores, gloo) 2 ranks that all read have the batch in 1.9 ms, 2.8 ms when one
+broadcasts; 4 ranks in 2.1 and 3.8 ms, though they then spend 7.5 ms of CPU time together instead of 4.3. Those 1.9 ms
+a rank pass beside the step, while a broadcast would need a process group of the thread's own and let one slow reader
 stop all. Stages that need no text ask for none (`Split.micro_batches`).
 """
 

@@ -17,7 +17,7 @@ SILENT_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 trained, 1 failed, 2 refused (the reasons are on stderr)."""
+    """Exit code: 0 trained, 1 failed, 2 refused (the reasons are on stderr), 130 interrupted."""
     try:
         cfg = load(argv)
         env = launch_env.read(os.environ)
@@ -47,6 +47,10 @@ def main(argv: list[str]) -> int:
             # A launcher kills the other ranks when the first one leaves: let it be one that speaks.
             time.sleep(SILENT_WAIT_S)
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_main():
+            print("interrupted", file=sys.stderr)
+        return 130
     except Exception:
         # Leaving a process group that others still use can wait for them, and hide the reason: say it and go.
         traceback.print_exc()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.command import run_command
+from tests.helpers.command import clean_env, run_command
 
 BASE = ["train.device=cpu", "train.steps=12", "optim.lr=3e-3", "optim.warmup_steps=2", "train.accum_steps=2"]
 BASE += ["data.seq_len=32", "data.vocab_size=300", "model.vocab_size=300", "data.cache_dir=cache", "logging.every=1"]
@@ -82,3 +84,25 @@ def test_rearranged_documents_of_a_megatron_prefix_without_their_tokenizer_are_r
         "[OCT452] data.tokenizer=bpe" in done.stderr
         and "Set data.tokenizer to the tokenizer that made it" in done.stderr
     )
+
+
+def test_ctrl_c_while_token_files_are_built_is_no_failure(folder: Path) -> None:
+    text = folder / "long.txt"
+    text.write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000)))
+    words = ["model=gpt_tiny", "data=text", "data.source=long.txt", "data.valid_fraction=0", "train.eval_batches=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.train", *words, *BASE, "run.name=long"],
+        cwd=folder,
+        env=clean_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "building" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    stderr = process.communicate(timeout=60)[1]
+    assert (process.returncode, stderr.splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in stderr and not (folder / "runs" / "long").exists()

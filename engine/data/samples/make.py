@@ -79,16 +79,12 @@ class Maker:
     def random(self, split: int) -> Samples:
         """Samples of random tokens. Raises DataError 420: too few tokens."""
         cfg, bert = self.cfg, self.model.family is Family.bert
-        end = None
         first = FIRST_RANDOM_TOKEN if bert else 0
-        if cfg.document_mask and not bert:
-            first, end = 1, self.vocabulary.end
         if cfg.vocab_size <= first:
-            what = "a bert model takes ids from 4 on: 0 is padding, then [CLS], [SEP] and [MASK]"
-            what = what if bert else "data.document_mask takes ids from 1 on: 0 ends documents"
+            rule = "random text of a bert model takes ids from 4 on: 0 is padding, then [CLS], [SEP] and [MASK]"
             way_out = f"Nearest legal: data.vocab_size={first + 1}"
-            raise DataError.of(420, "data.vocab_size", cfg.vocab_size, f"random text of {what}", way_out)
-        tokens = RandomTokens(first=first, vocab_size=cfg.vocab_size, end=end)
+            raise DataError.of(420, "data.vocab_size", cfg.vocab_size, rule, way_out)
+        tokens = RandomTokens(first=first, vocab_size=cfg.vocab_size, documents=cfg.document_mask)
         windows = RandomWindows(cfg.seed, split, self.cut, tokens, variable_length=cfg.variable_length)
         return self._of_windows(windows, split)
 

@@ -142,19 +142,20 @@ class DocumentWindows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomTokens:
-    """What random text is made of: ids `first` .. `vocab_size` - 1, and with `end` document ends between them."""
+    """What random text is made of: ids `first` .. `vocab_size` - 1, cut into `documents` or not."""
 
     first: int
     vocab_size: int
-    end: int | None = None
+    documents: bool = False
 
 
 class RandomWindows:
     """Uniformly random tokens, a pure function of (seed, stream, window); needs no files.
 
-    With `variable_length` lengths are uniform over `shortest` .. `width`. With document ends a token in every
-    seq_len / 4 is one. Philox (Salmon et al., SC 2011) is counter-based: the window's number is the counter's high
-    word, so any window costs the same to reach.
+    With `variable_length` lengths are uniform over `shortest` .. `width`. With documents one ends every seq_len / 4
+    tokens on average, with a token like all others: a mark of its own would be a fourth of what is predicted in short
+    samples, hence something to learn. Philox (Salmon et al., SC 2011) is counter-based: the window's number is the
+    counter's high word, so any window costs the same to reach.
     """
 
     num_windows = RANDOM_SAMPLES
@@ -168,16 +169,15 @@ class RandomWindows:
 
     def read(self, indices: Positions) -> Text:
         """The windows `indices`, tokens (B, width)."""
-        width, end = self._cut.width, self._kind.end
+        width = self._cut.width
         words = np.stack([self._words(index) for index in indices.tolist()])
         lengths = self._shortest + (words[:, -1] % self._lengths).astype(np.int64)
         words = words[:, :-1]
         tokens = self._kind.first + (words % self._range).astype(np.int64)
         context = np.where(indices > 0, self._cut.context, 0)
-        if end is None:
+        if not self._kind.documents:
             return Text(tokens, lengths, context)
         ends = (words >> _32) % np.uint64(max(self._cut.seq_len // 4, 1)) == 0
-        tokens[ends] = end
         starts = np.zeros((len(indices), width), dtype=np.bool_)
         starts[:, 1:] = ends[:, :-1] & (np.arange(1, width) < lengths[:, None])
         return Text(tokens, lengths, context, starts)

@@ -115,19 +115,21 @@ def test_documents_that_are_all_too_short_are_refused(tmp_path: Path) -> None:
     assert "Use data.variable_length=false" in message
 
 
-def test_random_text_with_document_ends_has_about_four_in_a_window() -> None:
+def test_random_documents_are_four_in_a_window_and_their_ends_are_like_other_tokens() -> None:
     cut = Cut(seq_len=64, width=65, stride=64, shortest=2)
-    found = RandomWindows(0, 0, cut, RandomTokens(first=1, vocab_size=50, end=0), variable_length=False)
-    text = found.read(np.arange(500))
-    assert text.starts is not None
-    assert (text.starts[:, 1:] == (text.tokens[:, :-1] == 0)).all() and not text.starts[:, 0].any()
-    # 32500 draws of one in 16, within five standard deviations (p < 1e-6).
-    assert abs(int((text.tokens == 0).sum()) - 32500 / 16) < 5 * np.sqrt(32500 * 15) / 16
+    tokens = RandomTokens(first=1, vocab_size=50, documents=True)
+    text = RandomWindows(0, 0, cut, tokens, variable_length=False).read(np.arange(500))
+    assert text.starts is not None and not text.starts[:, 0].any()
+    # 32000 draws of one in 16, and 49 kinds of ends, within five standard deviations (p < 1e-4 together).
+    count = int(text.starts.sum())
+    assert abs(count - 32000 / 16) < 5 * np.sqrt(32000 * 15) / 16
+    ends = np.bincount(text.tokens[:, :-1][text.starts[:, 1:]], minlength=50)
+    assert ends[0] == 0 and np.abs(ends[1:] - count / 49).max() < 5 * np.sqrt(count / 49)
 
 
 def test_random_documents_begin_inside_their_row() -> None:
     cut = Cut(seq_len=16, width=17, stride=16, shortest=2)
-    text = RandomWindows(0, 0, cut, RandomTokens(first=1, vocab_size=50, end=0), variable_length=True).read(
+    text = RandomWindows(0, 0, cut, RandomTokens(first=1, vocab_size=50, documents=True), variable_length=True).read(
         np.arange(200)
     )
     assert text.starts is not None and text.starts.sum() > 100
