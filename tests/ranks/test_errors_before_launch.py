@@ -82,7 +82,7 @@ def test_corpus_without_text_files(refuse: Callable[[str], Done]) -> None:
 
 def test_empty_corpus(refuse: Callable[[str], Done]) -> None:
     done = refuse(f"data.source=blank {OVERWRITE}")
-    require_one_message(done, "DataError", 403, "data.source=blank", "1 files hold 0 bytes", "Give a source with text")
+    require_one_message(done, "DataError", 403, "data.source=blank", "a.txt: is empty", "Give text files in UTF-8")
 
 
 def test_data_shorter_than_one_sample(refuse: Callable[[str], Done]) -> None:
