@@ -73,13 +73,14 @@ class StreamWindows:
         extra, count = cut.width - cut.seq_len, stream.num_tokens
         if not cut.shortest <= cut.width <= count:
             legal = max(cut.shortest, min(cut.width, count)) - extra
+            nearest = f"Nearest legal: data.seq_len={legal}; or give a larger corpus"
             raise DataError.of(
                 411,
                 "data.seq_len",
                 cut.seq_len,
                 f"one sample needs data.seq_len {'+' if extra >= 0 else '-'} {abs(extra)} = {cut.width} tokens "
                 f"(at least {cut.shortest}), {stream.path} has {count}",
-                f"Nearest legal: data.seq_len={legal}; or give a larger corpus",
+                nearest if count >= cut.shortest else "Give a larger corpus",
             )
         self._stream, self._cut, self._borders = stream, cut, borders
         self.num_windows = (count - cut.width) // cut.stride + 1

@@ -104,6 +104,12 @@ def test_stream_shorter_than_a_sample_is_refused_with_the_nearest_length(tmp_pat
         assert StreamWindows(text, Cut(seq_len=legal, width=legal + extra, stride=1, shortest=2)).num_windows >= 1
 
 
+def test_text_that_no_length_fits_is_refused_without_a_length(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        StreamWindows(stream(tmp_path, [[[7]]]), Cut(seq_len=4, width=5, stride=4, shortest=2))
+    assert "has 1" in str(caught.value) and str(caught.value).endswith("Give a larger corpus")
+
+
 def test_documents_that_are_all_too_short_are_refused(tmp_path: Path) -> None:
     text = stream(tmp_path, [[[1, 0]], [[2, 0]], [[0]]])
     assert DocumentWindows(text, SINGLE, without_end=1).num_windows == 2
