@@ -30,8 +30,19 @@ from engine.study.run import PRELOAD, Row, run_cases
 
 __all__ = ["DEFAULTS", "PRELOAD", "main"]
 
-DEFAULTS = ["data=random", "data.seq_len=16", "train.steps=10", "optim.warmup_steps=0", "run.name=parity"]
-"""Overrides that come before the user's: small random samples, which reach every entry of the vocabulary."""
+DEFAULTS = [
+    "data=random",
+    "data.seq_len=16",
+    "data.seed=1",
+    "train.steps=10",
+    "optim.warmup_steps=0",
+    "run.name=parity",
+]
+"""Overrides that come before the user's: small random samples, which reach every entry of the vocabulary.
+
+Seed 1, because with 0 exactly half of the first samples of BERT are of either class: the gradient of the classifier
+cancels to a fortieth of its usual size, and rounding shows (1.6e-5, also of the oracle that groups them otherwise).
+"""
 ALL, QUICK = 120, 20
 """Cases without options, and with --quick."""
 _WORDS = {False: "off", True: "on"}
