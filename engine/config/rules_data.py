@@ -15,7 +15,7 @@ _SMALLEST_SHARE = 2**-20
 
 def sample_violations(cfg: Config) -> list[Violation]:
     """Every broken rule about samples and their sources."""
-    return [*_family_violations(cfg), *_kind_violations(cfg), *_number_violations(cfg), *_source_violations(cfg)]
+    return [*_family_violations(cfg), *_kind_violations(cfg), *_number_violations(cfg), *source_violations(cfg)]
 
 
 def _table(rows: list[tuple[bool, int, str, object, str, str]]) -> list[Violation]:
@@ -148,7 +148,7 @@ def _number_violations(cfg: Config) -> list[Violation]:
     )
 
 
-def _source_violations(cfg: Config) -> list[Violation]:
+def source_violations(cfg: Config) -> list[Violation]:
     """One source or a blend of several (368), each of which is drawn from (369) and has text (374)."""
     source, blend = cfg.data.source, cfg.data.blend
     total = math.fsum(blend.values())

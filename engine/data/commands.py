@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 
-from engine.config.bounds import bound_violations
-from engine.config.load import HelpRequested, load
-from engine.config.schema import Config
-from engine.config.schema_data import DataConfig
+from engine.config import entry
 from engine.data.build.cache import SPLITS, entries, read_meta
 from engine.data.build.prepare import prepare
-from engine.errors import ConfigError, EngineError
-
-_INTERRUPTED = 130
+from engine.data.command_line import data_config
 
 
 def main(argv: list[str]) -> int:
@@ -26,24 +19,6 @@ def main(argv: list[str]) -> int:
         return COMMANDS[argv[0]](argv[1:])
     print(_USAGE, file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
     return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-
-
-def data_config(argv: Sequence[str]) -> DataConfig:
-    """The data section that training would get from these words; `data.` may be left out before its options.
-
-    Raises ConfigError as `engine.config.load`, and for numbers of the section outside their range; HelpRequested.
-    """
-    return full_config(argv, ("data.",)).data
-
-
-def full_config(argv: Sequence[str], checked: tuple[str, ...] = ("data.", "model.")) -> Config:
-    """As `data_config`, all sections; those of `checked` have their numbers within range."""
-    names = "|".join(field.name for field in fields(DataConfig))
-    cfg = load([re.sub(rf"^(\+*)({names})(?=[.=])", r"\1data.\2", word) for word in argv])
-    broken = [violation for violation in bound_violations(cfg) if violation.option.startswith(checked)]
-    if broken:
-        raise ConfigError(broken)
-    return cfg
 
 
 def say(line: str) -> None:
@@ -56,29 +31,25 @@ def say(line: str) -> None:
 
 def build(argv: list[str]) -> int:
     """Build what training would build; tell where it is and how much it holds."""
+    last = "interrupted: the next build goes on with the finished shards"
+    return entry.run(lambda: _build(argv), usage=_USAGE, interrupted=last)
+
+
+def _build(argv: list[str]) -> int:
     started = time.monotonic()
-    try:
-        cfg = data_config(argv)
-        prepare(cfg, say)
-        found = entries(cfg)
-        size = 0
-        for folder, share in found:
-            meta = read_meta(folder)
-            size += meta["bytes"]
-            say(f"{folder}" + (f" ({share:.1%} of the samples)" if len(found) > 1 else ""))
-            for name in (split for split in SPLITS if split in meta["splits"]):
-                split = meta["splits"][name]
-                say(f"  {name:5}  {split['documents']:>12,} documents  {split['tokens']:>15,} tokens")
-        took = time.monotonic() - started
-        say(f"{size:,} bytes of input in {took:.1f} s, {size / took / 1e6:.1f} MB/s")
-    except HelpRequested as asked:
-        print(f"{_USAGE}\n{asked}")
-    except EngineError as error:
-        print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: the next build goes on with the finished shards", file=sys.stderr)
-        return _INTERRUPTED
+    cfg = data_config(argv)
+    prepare(cfg, say)
+    found = entries(cfg)
+    size = 0
+    for folder, share in found:
+        meta = read_meta(folder)
+        size += meta["bytes"]
+        say(f"{folder}" + (f" ({share:.1%} of the samples)" if len(found) > 1 else ""))
+        for name in (split for split in SPLITS if split in meta["splits"]):
+            split = meta["splits"][name]
+            say(f"  {name:5}  {split['documents']:>12,} documents  {split['tokens']:>15,} tokens")
+    took = time.monotonic() - started
+    say(f"{size:,} bytes of input in {took:.1f} s, {size / took / 1e6:.1f} MB/s")
     return 0
 
 

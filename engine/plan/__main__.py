@@ -7,10 +7,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 
-from engine.config import rules
-from engine.config.load import HelpRequested, load
+from engine.config import entry, rules
+from engine.config.load import load
 from engine.config.schema import Config
-from engine.errors import EngineError
 from engine.plan.costs import total_parameters
 from engine.plan.host import GIB, available_bytes, host_bytes
 from engine.plan.memory import Memory, memory, rank_parameters, step_timeline
@@ -28,25 +27,22 @@ The other words are those of training:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 the plan is on stdout, 2 refused (the reasons are on stderr, as training gives them)."""
+    """Exit code: 0 the plan is on stdout, 2 refused (as training refuses, on stderr), 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m engine.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--world", type=int)
     parser.add_argument("--per-host", type=int, default=8)
     flags, words = parser.parse_known_args(argv)
-    try:
-        cfg = load(words)
-        parallel = cfg.parallel
-        world = (
-            parallel.pp * parallel.context * parallel.tp * (parallel.dp or 1) if flags.world is None else flags.world
-        )
-        rules.require(cfg, world)
-        for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(flags.per_host, world))):
-            print(line)
-    except HelpRequested as asked:
-        print(f"{_USAGE}\n{asked}")
-    except EngineError as error:
-        print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
-        return error.exit_code
+    return entry.run(lambda: _plan(words, flags.world, flags.per_host), usage=_USAGE)
+
+
+def _plan(words: list[str], world: int | None, per_host: int) -> int:
+    cfg = load(words)
+    parallel = cfg.parallel
+    if world is None:
+        world = parallel.pp * parallel.context * parallel.tp * (parallel.dp or 1)
+    rules.require(cfg, world)
+    for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(per_host, world))):
+        print(line)
     return 0
 
 

@@ -190,8 +190,6 @@ def refusal(base: Config, case: Case) -> list[Violation]:
 
 def is_legal(base: Config, case: Case) -> bool:
     """Whether the rules allow `case`, the global batch comes out even, and its settings mean something."""
-    if case.packed and case.flavour == "bert":
-        return False
     if case.world % (case.pp * case.context * case.tp) or GLOBAL_BATCH % (case.dp * case.accum):
         return False
     return (case.tp > 1 or not case.sequence) and not refusal(base, case)

@@ -15,7 +15,6 @@ from statistics import median
 import torch
 
 from engine.config import rules
-from engine.config.derived import sequence_multiple
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.data import open_data, prepare
@@ -33,6 +32,8 @@ from engine.topology.grid import Grid
 from engine.topology.program import COMPUTE, OpKind, Program
 from engine.topology.schedule import build
 from engine.topology.timeline import Event, Timeline
+from engine.train.loop import global_batch
+from engine.train.loop import load as read_ahead
 
 DEFAULTS = [
     "parallel=pp2",
@@ -106,21 +107,15 @@ def trace_rank(cfg: Config) -> list[list[Event]]:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     set_numerics(device, cfg.train.cpu_threads or 1, world, tf32=cfg.precision.tf32)
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
-    engine, split, train = build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train, cfg.train
+    engine, train = build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train
     assert isinstance(engine, PipelineRunner)
     steps: list[list[Event]] = []
-    for step in range(train.steps):
-        engine.training.trace = []
-        batches = split.micro_batches(
-            step * train.micro_batch * train.accum_steps * ctx.dp.size,
-            dp_rank=ctx.dp.rank,
-            dp=ctx.dp.size,
-            micro_batch=train.micro_batch,
-            accum_steps=train.accum_steps,
-            multiple=sequence_multiple(cfg.parallel),
-        )
-        engine.train_step(batches, learning_rate(cfg.optim, step, train.steps))
-        steps.append(engine.training.trace)
+    firsts = range(0, cfg.train.steps * global_batch(cfg, ctx), global_batch(cfg, ctx))
+    with read_ahead(train, firsts, cfg, ctx) as batches:
+        for step in range(cfg.train.steps):
+            engine.training.trace = []
+            engine.train_step(next(batches), learning_rate(cfg.optim, step, cfg.train.steps))
+            steps.append(engine.training.trace)
     return steps
 
 

@@ -46,10 +46,10 @@ def check_before_launch(cfg: Config) -> None:
     usable_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
 
 
-def prepare(cfg: Config, device: torch.device) -> Data:
+def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
     """Look at kernels and initial weights, and build tokenizer and token files if they are not there yet.
 
-    Needs no other rank: builders lock each other out.
+    Needs no other rank: builders lock each other out. With `verify`, what was built before is read whole.
 
     Raises:
         ConfigError: see `choose_attention` and `extensions.require`.
@@ -61,7 +61,7 @@ def prepare(cfg: Config, device: torch.device) -> Data:
     if cfg.checkpoint.initial_weights is not None:
         layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
         weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
-    prepare_data(cfg.data, log.say)
+    prepare_data(cfg.data, log.say, verify=verify)
     return open_data(cfg.data, cfg.model)
 
 
@@ -145,7 +145,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     init.export(env)
     init.set_numerics(device, cfg.train.cpu_threads, env.local_world_size, tf32=cfg.precision.tf32)
     grid = Grid.from_config(cfg.parallel, env.world_size)
-    data = prepare(cfg, device)
+    data = prepare(cfg, device, verify=env.local_rank == 0)
     init.init_process_group(env, device, cfg.train.timeout_s)
     init.require_equal_config(config_hash(cfg), data.fingerprint)
     folder = open_folder(cfg)

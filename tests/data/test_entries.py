@@ -28,13 +28,6 @@ def test_another_corpus_or_option_makes_another_entry(root: Path) -> None:
     assert len(set(folders)) == 6
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
-def test_weights_that_are_not_above_zero_are_refused(root: Path, weight: float) -> None:
-    message = refused(config(root, blend={str(root / "corpus"): 1.0, "b": weight}))
-    assert f"[OCT454] data.blend={{b: {weight}}}: the weight of b is {weight}" in message
-    assert "above 0" in message and "leave the source out" in message
-
-
 def test_half_entry_is_built_anew(root: Path) -> None:
     folder = built(config(root))
     complete = content(folder)

@@ -8,7 +8,7 @@ import pytest
 
 from engine.config.schema import ParallelConfig
 from engine.data import Split, open_data
-from engine.data.build.prepare import build_entries
+from engine.data.build.prepare import prepare
 from engine.topology.grid import Grid
 from tests.unit.data.data_options import BERTS, GPT, config, make_corpus, sequence_hash
 
@@ -43,7 +43,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for workers in (1, 4):
         root = tmp_path_factory.mktemp(f"workers{workers}")
         make_corpus(root / "corpus", lines=60)
-        build_entries(config(root, workers=workers), lambda line: None, 2000)
+        prepare(config(root, workers=workers), lambda line: None, shard_bytes=2000)
         found.append(root)
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.schema_data import DataConfig
-from engine.data.build.prepare import build_entries
+from engine.data.build.prepare import prepare
 from tests.unit.data.data_options import config
 
 KILLS = 50
@@ -29,7 +29,7 @@ def start(cfg: DataConfig, log: Path) -> int:
     try:
         os.setpgid(0, 0)
         with open(log, "a") as file:
-            build_entries(cfg, lambda line: print(line, file=file, flush=True), SHARD)
+            prepare(cfg, lambda line: print(line, file=file, flush=True), shard_bytes=SHARD)
         status = 0
     finally:
         os._exit(status)

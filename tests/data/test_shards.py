@@ -187,7 +187,7 @@ def say(line):
 
 build.Progress = partial(Progress, every_s=0)
 options = dict(source=sys.argv[1], cache_dir=sys.argv[2], seq_len=8, vocab_size=300, valid_fraction=0.3, workers=2)
-build.build_entries(DataConfig(**options), say, 700)
+build.prepare(DataConfig(**options), say, shard_bytes=700)
 """
 
 

@@ -59,17 +59,9 @@ def cache_root(cfg: DataConfig) -> Path:
 
 
 def weights(cfg: DataConfig) -> dict[str, float]:
-    """Every source and its share of the samples; the shares add up to 1. Raises DataError 454: one is not above 0."""
+    """Every source and its share of the samples; the shares add up to 1."""
     if not cfg.blend:
         return {cfg.source: 1.0}
-    if RANDOM_SOURCE in cfg.blend:
-        rule = "random tokens have no documents to blend with those of other sources"
-        raise DataError.of(454, "data.blend", RANDOM_SOURCE, rule, "Leave it out, or use data.source=random alone")
-    for source, weight in cfg.blend.items():
-        if not (weight > 0 and math.isfinite(weight)):
-            rule = f"the weight of {source} is {weight}; weights are finite numbers above 0"
-            way_out = "Nearest legal: a small weight such as 0.01, or leave the source out"
-            raise DataError.of(454, "data.blend", f"{{{source}: {weight}}}", rule, way_out)
     total = math.fsum(cfg.blend.values())
     return {source: weight / total for source, weight in cfg.blend.items()}
 
@@ -116,7 +108,7 @@ def entry_folder(cfg: DataConfig, source: str, tokenizer_digest: str) -> Path:
 def entries(cfg: DataConfig) -> list[tuple[Path, float]]:
     """Entry folder and share of the samples of each source, in the order of the options; none for `random`.
 
-    Raises DataError: 412 nothing was prepared, 413 the tokenizer is damaged, 454 a weight is not above 0.
+    Raises DataError: 412 nothing was prepared, 413 the tokenizer is damaged.
     """
     shares = weights(cfg)
     if RANDOM_SOURCE in shares:
@@ -236,11 +228,8 @@ def _absent(folder: Path, what: str) -> Exception:
 
 def damaged(folder: Path, path: Path, what: str) -> Exception:
     """DataError 413 about a file of an entry."""
-    return DataError.of(413, "data.cache_dir", folder, f"{path} {what}", _rebuild(folder))
-
-
-def _rebuild(folder: Path) -> str:
-    return f"Delete the folder {folder}; the next run builds it again"
+    way_out = f"Delete the folder {folder}; the next run builds it again"
+    return DataError.of(413, "data.cache_dir", folder, f"{path} {what}", way_out)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ Say = Callable[[str], None]
 _SHOWN_PROBLEMS = 10
 
 
-def prepare(cfg: DataConfig, say: Say) -> None:
+def prepare(cfg: DataConfig, say: Say, *, shard_bytes: int | None = None, verify: bool = True) -> None:
     """Make sure that the cache holds the tokenizer and the token files for `cfg`; `cache.entries` tells where.
 
     `say` gets lines about the progress. Any number of processes may call this at once, on one machine or on a shared
@@ -62,15 +62,14 @@ def prepare(cfg: DataConfig, say: Say) -> None:
     with its finished shards the next time. A finished entry is compared with its digests; nothing is written then, so
     the cache may be read-only. For the source `random` there is nothing to do.
 
+    Args:
+        shard_bytes: bytes of input of a shard, in place of what `cut_shards` takes.
+        verify: False leaves the comparison to another process of this machine.
+
     Raises DataError: 40x and 44x the corpus and the tokenizer, 413 and 43x a damaged entry, 414 and 439 the cache
     folder cannot be written, 415 a held-out split is empty, 416 the training split is, 450 a worker died, 451 another
-    builder hangs, 452 a Megatron prefix without a tokenizer, 454 a weight of data.blend, 455 data.kind of a prefix.
+    builder hangs, 452 a Megatron prefix without a tokenizer, 455 data.kind of a prefix.
     """
-    build_entries(cfg, say)
-
-
-def build_entries(cfg: DataConfig, say: Say, shard_bytes: int | None = None) -> None:
-    """`prepare` with shards of another size than `cut_shards` takes, bytes of input."""
     sources = list(weights(cfg))
     if RANDOM_SOURCE in sources:
         return
@@ -85,7 +84,7 @@ def build_entries(cfg: DataConfig, say: Say, shard_bytes: int | None = None) -> 
     for source in sources:
         folder = entry_folder(cfg, source, digest)
         entry = _Entry(cfg, source, folder, tokenizer, digest, shard_bytes, say)
-        if not _build_once(cfg, folder, META, say, entry.build):
+        if not _build_once(cfg, folder, META, say, entry.build) and verify:
             started = time.monotonic()
             meta = verify_entry(folder)
             for path, reason in meta["problems"][:1] if cfg.bad_files is BadFiles.stop else ():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from engine.config.schema_data import DataConfig
 from engine.data.build.progress import Progress
-from engine.data.corpus.documents import read_unit, split_of, units
+from engine.data.corpus.documents import read_unit, split_of, split_position, units
 from engine.data.corpus.units import Problem, Unit
 
 SAMPLE_BYTES = 16_000_000
@@ -27,7 +27,7 @@ def sample_texts(cfg: DataConfig, sources: Sequence[str], say: Callable[[str], N
     due = 0.0
     for unit in chosen:
         for document in read_unit(unit, cfg, problems):
-            if split_of(document, cfg) != "train":
+            if split_of(split_position(document), cfg) != "train":
                 continue
             for text in document.parts:
                 for start in range(0, len(text), _BLOCK_CHARS):

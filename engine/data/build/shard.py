@@ -116,8 +116,8 @@ def write_shard(job: Job, shard: Shard, folder: Path, tokenizer: Tokenizer, repo
         for batch in _batches(job.cfg, shard, problems, report):
             parts = iter(encode_parts(tokenizer, [part for document in batch for part in document.parts]))
             for document in batch:
-                split = split_of(document, job.cfg)
                 position = split_position(document)
+                split = split_of(position, job.cfg)
                 census.count(split, position, position)
                 if split not in writers:
                     writers[split] = stack.enter_context(IndexedWriter(folder / split, job.vocab_size))

@@ -192,13 +192,12 @@ def split_position(document: Document) -> float:
     return int.from_bytes(digest, "big") / 2.0**64
 
 
-def split_of(document: Document, cfg: DataConfig) -> str:
-    """`valid` when its position is below data.valid_fraction, `test` below the sum with data.test_fraction, or `train`.
+def split_of(position: float, cfg: DataConfig) -> str:
+    """`valid` below data.valid_fraction, `test` below the sum with data.test_fraction, else `train`.
 
-    Decided by the content alone: order, names and other documents do not matter, and copies of one text never end up
-    on both sides of a split.
+    `position` (see `split_position`) is decided by the content alone: order, names and other documents do not matter,
+    and copies of one text never end up on both sides of a split.
     """
-    position = split_position(document)
     if position < cfg.valid_fraction:
         return "valid"
     return "test" if position < cfg.valid_fraction + cfg.test_fraction else "train"

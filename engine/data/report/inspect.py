@@ -13,7 +13,7 @@ import numpy as np
 from engine.config.schema import Config
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import RANDOM_SOURCE, SPLITS, TOKENIZER
-from engine.data.report.command_line import WIDTH, parser_of, ready, run, with_folder, within, write_report
+from engine.data.command_line import WIDTH, full_config, parser_of, ready, run, with_folder, within, write_report
 from engine.data.report.sample_view import Decoder, Sample, describe, sample_lines, token_lines
 from engine.data.report.statistics import Part, length_statistics, parts_of, position_shares, spread, token_counts
 from engine.data.report.text import report_lines
@@ -44,8 +44,6 @@ def inspect(argv: list[str]) -> int:
 
 
 def _inspect(options: argparse.Namespace, words: list[str]) -> int:
-    from engine.data.commands import full_config
-
     cfg = full_config(words)
     within("--samples", options.samples, 0, 1 << 20)
     within("--first", options.first, 0, 1 << 48)

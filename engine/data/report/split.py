@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import SPLITS, TOKENIZER
-from engine.data.report.command_line import WIDTH, parser_of, ready, require_corpus, run, within, write_report
+from engine.data.command_line import WIDTH, data_config, parser_of, ready, require_corpus, run, within, write_report
 from engine.data.report.duplicates import GRAM, HIGHEST, LOWEST, Copies, Near, NearPair, exact_copies, near_copies
 from engine.data.report.sample_view import Decoder, printable, wrapped
 from engine.data.report.statistics import Part, parts_of
@@ -34,8 +34,6 @@ def split(argv: list[str]) -> int:
 
 
 def _split(options: argparse.Namespace, words: list[str]) -> int:
-    from engine.data.commands import data_config
-
     cfg = data_config(words)
     within("--threshold", options.threshold, LOWEST, HIGHEST)
     within("--sample", options.sample, 2, 1 << 40)

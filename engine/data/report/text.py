@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.data.report.command_line import WIDTH
+from engine.data.command_line import WIDTH
 from engine.data.report.sample_view import printable, wrapped
 
 

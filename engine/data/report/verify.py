@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from engine.data.command_line import data_config, parser_of, require_corpus, run, within, write_report
 from engine.data.report.checks import Check, config_checks, prefix_checks
-from engine.data.report.command_line import parser_of, require_corpus, run, within, write_report
 from engine.errors import DataError
 
 
@@ -26,8 +26,6 @@ def _verify(options: argparse.Namespace, words: list[str]) -> int:
     if bare:
         checks = _bare(bare, words, options.vocab_size)
     else:
-        from engine.data.commands import data_config
-
         cfg = data_config(words)
         if options.vocab_size is not None:
             rule = "with options of training the vocabulary is that of their tokenizer"

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import entries, read_meta
-from engine.data.build.prepare import build_entries
+from engine.data.build.prepare import prepare
 from engine.errors import DataError
 
 
@@ -27,7 +27,7 @@ def make_corpus(root: Path, files: int, lines: int = 3) -> Path:
 
 def built(cfg: DataConfig, say: Callable[[str], None] = quiet, shard_bytes: int | None = None) -> Path:
     """The entry of the only source, built if need be."""
-    build_entries(cfg, say, shard_bytes)
+    prepare(cfg, say, shard_bytes=shard_bytes)
     ((folder, share),) = entries(cfg)
     assert share == 1
     return folder
@@ -36,7 +36,7 @@ def built(cfg: DataConfig, say: Callable[[str], None] = quiet, shard_bytes: int 
 def refused(cfg: DataConfig) -> str:
     """The message of the refusal to build."""
     with pytest.raises(DataError) as caught:
-        build_entries(cfg, quiet)
+        prepare(cfg, quiet)
     return str(caught.value)
 
 

@@ -42,8 +42,8 @@ def test_build_tells_where_and_how_much(root: Path, capsys: pytest.CaptureFixtur
 
 
 def test_options_are_those_of_training(root: Path) -> None:
-    cfg = data_config(["data=python", "model=gpt_tiny", "source=x", "data.vocab_size=300", "blend.a=2", "kind=rows"])
-    assert (cfg.source, cfg.vocab_size, cfg.blend, str(cfg.kind)) == ("x", 300, {"a": 2.0}, "rows")
+    cfg = data_config(["data=python", "model=gpt_tiny", "source=", "data.vocab_size=300", "blend.a=2", "kind=rows"])
+    assert (cfg.source, cfg.vocab_size, cfg.blend, str(cfg.kind)) == ("", 300, {"a": 2.0}, "rows")
 
 
 def test_refusals_name_option_and_rule(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +53,10 @@ def test_refusals_name_option_and_rule(root: Path, capsys: pytest.CaptureFixture
     assert "tokeniser" in capsys.readouterr().err
     assert main(words(root, "workers=0")) == 2
     assert "ConfigError:\n1. [OCT301] data.workers=0" in capsys.readouterr().err
+    assert main(words(root, "blend={a:1}")) == 2
+    assert "ConfigError:\n1. [OCT368] data.blend={'a': 1.0}: data.source=" in capsys.readouterr().err
+    assert main(words(root, "source=", "blend={a:1,b:0}")) == 2
+    assert "[OCT369] data.blend={'a': 1.0, 'b': 0.0}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["bild"], 2), (["--help"], 0), (["build", "-h"], 0)])

@@ -149,14 +149,14 @@ def test_max_bytes_leaves_out_records_past_it_whole_however_the_file_is_cut(
 def test_split_depends_on_content_only_and_keeps_the_shares() -> None:
     cfg = cfg_of("x", valid_fraction=0.2, test_fraction=0.1)
     texts = [f"document {i}" for i in range(4000)]
-    found = {text: split_of(Document("name", (text,)), cfg) for text in texts}
-    assert found == {text: split_of(Document(text, (text,), 1), cfg) for text in reversed(texts)}
+    found = {text: split_of(split_position(Document("name", (text,))), cfg) for text in texts}
+    assert found == {text: split_of(split_position(Document(text, (text,), 1)), cfg) for text in reversed(texts)}
     shares = {name: list(found.values()).count(name) / len(texts) for name in ("train", "valid", "test")}
     assert abs(shares["valid"] - 0.2) < 0.03 and abs(shares["test"] - 0.1) < 0.03 and abs(shares["train"] - 0.7) < 0.03
     more = cfg_of("x", valid_fraction=0.3)
-    assert all(split_of(Document("n", (t,)), more) == "valid" for t in texts if found[t] == "valid")
+    assert all(split_of(split_position(Document("n", (t,))), more) == "valid" for t in texts if found[t] == "valid")
     none = cfg_of("x", valid_fraction=0.0)
-    assert {split_of(Document("n", (t,)), none) for t in texts} == {"train"}
+    assert {split_of(split_position(Document("n", (t,))), none) for t in texts} == {"train"}
     assert all(0 <= split_position(Document("n", (t, "completion"))) < 1 for t in texts)
     assert split_position(Document("n", ("a", "bc"))) != split_position(Document("n", ("ab", "c")))
 

@@ -20,10 +20,11 @@ from engine.config.enums import BadFiles, SampleKind
 from engine.config.load import load
 from engine.config.rules import check
 from engine.data import commands
-from engine.data.build import lock, prepare
+from engine.data.build import lock
+from engine.data.build import prepare as build
 from engine.data.build.cache import cache_root, read_meta
 from engine.data.build.lock import Timing, builder_lock
-from engine.data.build.prepare import build_entries
+from engine.data.build.prepare import prepare
 from engine.data.commands import main
 from engine.data.corpus import listing
 from engine.data.storage.indexed import IndexedWriter
@@ -174,13 +175,13 @@ def test_what_a_failed_build_had_merged_is_removed_and_its_shards_stay(
     def full(*arguments: object) -> None:
         raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
 
-    monkeypatch.setattr(prepare, "write_json", full)
+    monkeypatch.setattr(build, "write_json", full)
     message = refused(config(root, tokenizer="bpe"))
     assert (
         message.startswith("1. [OCT414]") and "cannot be written ([Errno 28] No space left on device: 'b')" in message
     )
     monkeypatch.undo()
-    monkeypatch.setattr(prepare, "_facts", no_space)
+    monkeypatch.setattr(build, "_facts", no_space)
     assert "[OCT414]" in refused(config(root))
     left = {Path(name).parts[-2] for name in content(root / "cache") if ".partial" in name}
     assert left == {"shard-00000"}
@@ -201,7 +202,7 @@ def test_output_that_nobody_reads_ends_no_build(root: Path, capfd: pytest.Captur
         os.close(keep)
         os.close(writer)
     assert capfd.readouterr().err == ""
-    build_entries(config(root), quiet, 1 << 20)
+    prepare(config(root), quiet, shard_bytes=1 << 20)
     assert len(list((root / "cache").glob("*/meta.json"))) == 1
 
 

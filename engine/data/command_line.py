@@ -1,24 +1,28 @@
-"""What the reporting commands share: words of the command line, errors, and JSON files."""
+"""What the commands of `python -m engine.data` share: words of the command line, errors, and JSON files."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.config.load import HelpRequested
+from engine.config import entry
+from engine.config.bounds import bound_violations
+from engine.config.load import load
+from engine.config.rules_data import source_violations
+from engine.config.schema import Config
 from engine.config.schema_data import DataConfig
 from engine.data.build.cache import RANDOM_SOURCE, entries, read_meta
 from engine.data.build.prepare import prepare
-from engine.errors import DataError, EngineError
+from engine.errors import ConfigError, DataError
 
 WIDTH = 120
 """Columns of what is printed."""
-INTERRUPTED = 130
 Work = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -39,22 +43,30 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str], work: Work) -> int
     """`work(options, other words)`, with refusals on stderr. Exit code: that of `work`, 2 refused, 130 interrupted."""
     try:
         options, words = parser.parse_known_args(list(argv))
-        return work(options, words)
     except SystemExit as ended:  # argparse: help was printed, or what is wrong with an option
         return ended.code if isinstance(ended.code, int) else 2
-    except HelpRequested as asked:
-        print(asked)
-        return 0
-    except EngineError as error:
-        print(f"{type(error).__name__}:\n{error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader, `head` perhaps, has seen enough. Python would write what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return entry.run(lambda: work(options, words))
+
+
+def data_config(argv: Sequence[str]) -> DataConfig:
+    """The data section that training would get from these words; `data.` may be left out before its options.
+
+    Raises ConfigError as `engine.config.load`, for numbers of the section outside their range and for sources that do
+    not fit together; HelpRequested.
+    """
+    return full_config(argv, ("data.",)).data
+
+
+def full_config(argv: Sequence[str], checked: tuple[str, ...] = ("data.", "model.")) -> Config:
+    """As `data_config`, all sections; those of `checked` have their numbers within range."""
+    names = "|".join(field.name for field in fields(DataConfig))
+    cfg = load([re.sub(rf"^(\+*)({names})(?=[.=])", r"\1data.\2", word) for word in argv])
+    bounds = [violation for violation in bound_violations(cfg) if violation.option.startswith(checked)]
+    # What is wrong with the weights may be a number out of all range: one message of it is enough.
+    broken = bounds or source_violations(cfg)
+    if broken:
+        raise ConfigError(broken)
+    return cfg
 
 
 def within(option: str, value: float, low: float, high: float) -> None:
