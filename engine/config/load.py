@@ -107,6 +107,19 @@ def resolved_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
+def read_resolved(path: Path) -> Config:
+    """The config that `resolved_yaml` wrote into `path`. Raises ConfigError 110 when it cannot be read as one."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        return cast(Config, OmegaConf.to_object(merged))
+    except (*translate.REFUSALS, OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        way_out = "Name the config.yaml that a run of this version wrote"
+        raise ConfigError.of(
+            110, "config.yaml", path, f"it cannot be read as a run's options ({reason})", way_out
+        ) from error
+
+
 def config_hash(cfg: Config) -> str:
     """16 hex digits that are equal for equal training runs: sha256 of canonical JSON, without `run` and `logging`."""
     content = {name: section for name, section in to_dict(cfg).items() if name not in ("run", "logging")}

@@ -218,7 +218,8 @@ class CheckpointConfig:
     """Weights in and out, as logical tensors in safetensors: independent of the layout that wrote them."""
 
     initial_weights: str | None = None
-    """Start from this `weights` folder of an earlier run instead of random weights. Any layout can read it."""
+    """Start from this `weights` folder of an earlier run, or from a Hugging Face folder (config.json, safetensors) of a
+    GPT-2, Llama, Mistral or BERT, instead of random weights. Any layout can read it."""
     save_final: bool = True
     """Write the fp32 weights into `weights/` in the run folder when training ends."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from engine import runtime
-from engine.checkpoint.weights import weights_reader
+from engine.checkpoint.initial import initial_weights
 from engine.config.derived import head_dim
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml, to_dict
@@ -53,14 +53,14 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
 
     Raises:
         ConfigError: see `choose_attention` and `extensions.require`.
-        CheckpointError: see `weights_reader`.
+        CheckpointError: see `initial_weights`.
         DataError: the corpus is missing, damaged or too small.
     """
     extensions.require(cfg)
     attention = choose_attention(cfg, device)
     if cfg.checkpoint.initial_weights is not None:
         layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
-        weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
+        initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     prepare_data(cfg.data, log.say, verify=verify)
     return open_data(cfg.data, cfg.model)
 
@@ -95,7 +95,7 @@ def build_engine(cfg: Config, ctx: ParallelContext) -> Engine:
         log.say(line)
     initial = random_weights(cfg.train.seed)
     if cfg.checkpoint.initial_weights is not None:
-        initial = weights_reader(cfg.checkpoint.initial_weights, logical_tensors(layers))
+        initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     return runtime.build(layers, bounds, initial, cfg, ctx)
 
 

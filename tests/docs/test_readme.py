@@ -86,6 +86,8 @@ COMMANDS = {
     "checkpoint.initial_weights=runs/mine/weights run.name=more": Plan(
         TINY, says=("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU",), run="more"
     ),
+    "python -m engine.checkpoint export runs/mine mine_hf --dtype bf16": Plan(says=("model.safetensors: N tensors",)),
+    "python -m engine.checkpoint inspect mine_hf": Plan(says=("N tensors, N bytes",)),
     "python -m engine.plan --world 8 experiment=first_light": Plan(
         says=("global batch: N samples = N tokens; ZeRO-N", "one_f_one_b with N micro-batches: bubble N%")
     ),

@@ -21,7 +21,7 @@ from engine.model.loss import TokenLoss
 from engine.plan.stages import stage_bounds
 from engine.topology.grid import Coord, Grid
 from engine_kernels.ops import sdpa_attention
-from tests.helpers.hf_names import comparable, inputs_of, relative_errors, with_weights
+from tests.helpers.hf_models import comparable, inputs_of, relative_errors, with_weights
 from tests.helpers.models import BERT, GPT2, LLAMA, batch_of, config_of, layers_of, noisy_weights
 from tests.helpers.ranks import run_ranks
 
