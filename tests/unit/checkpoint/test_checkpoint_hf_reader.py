@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.initial import initial_weights
-from engine.config import ModelConfig
+from engine.config import ModelConfig, rules
 from engine.config.enums import SentenceHead
 from engine.errors import CheckpointError, Violation
 from engine.model.layers import logical_tensors
 from tests.helpers.hf_models import empty_model
-from tests.helpers.models import BERT, GPT2, LLAMA, layers_of
+from tests.helpers.models import BERT, GPT2, LLAMA, config_of, layers_of
 
 pytest.importorskip("transformers")
 
@@ -148,3 +148,9 @@ def test_half_precision_is_read_as_fp32(folder: Path) -> None:
     stored = load_file(folder / FILE)["transformer.h.0.attn.c_attn.weight"]
     assert value.dtype is torch.float32
     assert torch.equal(value, stored.float().T)
+
+
+def test_fewer_key_value_heads_than_tp_are_refused_with_the_reason() -> None:
+    [found] = rules.check(config_of(LLAMA, parallel__tp=4, data__vocab_size=LLAMA.vocab_size), 4)
+    assert (found.code, found.way_out) == (205, "Use a legal tp: 1, 2")
+    assert found.rule.startswith("tp(4) does not divide model.num_kv_heads 2: ")
