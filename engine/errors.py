@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class EngineError(Exception):
         super().__init__("\n".join(f"{i}. {v}" for i, v in enumerate(self.violations, start=1)))
 
     @classmethod
-    def of(cls, code: int, option: str, value: object, rule: str, way_out: str) -> EngineError:
+    def of(cls, code: int, option: str, value: object, rule: str, way_out: str) -> Self:
         """The error for a single broken rule."""
         return cls(Violation(code=code, option=option, value=value, rule=rule, way_out=way_out))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config.derived import ffn_size, head_dim, kv_heads
+from engine.config.derived import ffn_size, head_dim, kv_heads, qkv_bias
 from engine.config.enums import Family, Positions
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, Violation
@@ -25,7 +25,10 @@ OPTION = "checkpoint.initial_weights"
 CONFIG, SINGLE, HF_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHAPES = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size")
-_KINDS = ("positions", "norm", "norm_eps", "activation", "bias", "tied_head", "token_types", "mup_base_width")
+_KINDS = (
+    *("positions", "parallel_residual", "norm", "norm_eps", "activation", "bias", "qkv_bias", "tied_head"),
+    *("token_types", "mup_base_width"),
+)
 
 
 def is_hf_folder(root: Path) -> bool:
@@ -67,7 +70,7 @@ def hf_reader(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTenso
         for part in parts[logical.name]:
             path, name = where[part.name]
             with safe_open(path, "pt") as file:
-                found.append(part.turned(file.get_tensor(name).float()))
+                found.append(part.turned_back(file.get_tensor(name).float()))
         return torch.cat(found) if len(found) > 1 else found[0]
 
     return value
@@ -131,7 +134,7 @@ def _require_same_model(root: Path, model: ModelConfig) -> None:
                     option=OPTION,
                     value=root,
                     rule=f"its {CONFIG} has {name}={value!r}: {why}",
-                    way_out="Use weights of a GPT-2, Llama, Mistral or BERT without it",
+                    way_out="Use weights of a GPT-2, GPT-NeoX, Llama, Mistral, Qwen2 or BERT without it",
                 )
                 for name, value, why in strange
             ]
@@ -156,7 +159,7 @@ def differing(model: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Options in which `model` is another model than `theirs`. Sentence heads and dropout are the run's own choice."""
     names = [*_SHAPES, "vocab_size", *_KINDS]
     if theirs.positions is Positions.rotary:
-        names.append("rotary_base")
+        names += ["rotary_base", "rotary_fraction"]
     found = [name for name in names if _plain(model, name) != _plain(theirs, name)]
     # Rotary positions have no weights: fewer of them are a part of the same model.
     more = model.max_positions > theirs.max_positions
@@ -166,7 +169,7 @@ def differing(model: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 def _plain(model: ModelConfig, name: str) -> Any:
     """An option as it is typed, with the value that None stands for."""
-    derived = {"num_kv_heads": kv_heads, "head_dim": head_dim, "ffn_size": ffn_size}
+    derived = {"num_kv_heads": kv_heads, "head_dim": head_dim, "ffn_size": ffn_size, "qkv_bias": qkv_bias}
     value = derived[name](model) if name in derived else getattr(model, name)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

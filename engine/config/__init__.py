@@ -17,7 +17,6 @@ from engine.config.enums import (
     WandbMode,
 )
 from engine.config.schema import (
-    CheckpointConfig,
     Config,
     KernelsConfig,
     LoggingConfig,
@@ -31,6 +30,7 @@ from engine.config.schema import (
     TrainingConfig,
     ZeroConfig,
 )
+from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
 
 __all__ = [

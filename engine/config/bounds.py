@@ -72,6 +72,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.cpu_threads",
         "train.recompute_interval",
         "precision.scale_window",
+        "checkpoint.keep_last",
         "logging.every",
     ),
     _NOT_NEGATIVE: (
@@ -87,6 +88,9 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.eval_batches",
         "train.seed",
         "train.z_loss",
+        "checkpoint.every",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
         "profile.start",
         "profile.steps",
     ),
@@ -111,7 +115,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.label_smoothing",
     ),
     Range(0, 1): ("optim.min_lr_ratio", "data.fim_rate"),
-    Range(0, 1, open_low=True): ("zero.offload_ratio", "data.mask_rate"),
+    Range(0, 1, open_low=True): ("model.rotary_fraction", "zero.offload_ratio", "data.mask_rate"),
     # 2**127 is the largest power of two in fp32, in which the scale is held.
     Range(0, 127): ("precision.initial_scale_power",),
     Range(0, 3): ("zero.stage",),

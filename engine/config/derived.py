@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.enums import Family, PipelineSchedule
-from engine.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from engine.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 
 
 def is_causal(model: ModelConfig) -> bool:
@@ -19,6 +19,16 @@ def head_dim(model: ModelConfig) -> int:
 def kv_heads(model: ModelConfig) -> int:
     """Key and value heads: `model.num_kv_heads`, or as many as query heads."""
     return model.num_heads if model.num_kv_heads is None else model.num_kv_heads
+
+
+def qkv_bias(model: ModelConfig) -> bool:
+    """Whether query, key and value projections have biases: `model.qkv_bias`, or as all other layers."""
+    return model.bias if model.qkv_bias is None else model.qkv_bias
+
+
+def rotary_dim(model: ModelConfig) -> int:
+    """Dims of each head that rotary angles turn, the first ones: int(head_dim * `model.rotary_fraction`)."""
+    return int(head_dim(model) * model.rotary_fraction)
 
 
 def ffn_size(model: ModelConfig) -> int:
@@ -76,3 +86,8 @@ def parts_per_rank(parallel: ParallelConfig) -> int:
     if parallel.schedule is PipelineSchedule.dualpipev:
         return 2
     return parallel.virtual_stages if parallel.schedule is PipelineSchedule.interleaved else 1
+
+
+def writes_checkpoints(cfg: Config) -> bool:
+    """Whether the run is long enough for checkpoints of the whole state."""
+    return 0 < cfg.checkpoint.every <= cfg.train.steps

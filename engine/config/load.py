@@ -107,17 +107,16 @@ def resolved_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
-def read_resolved(path: Path) -> Config:
-    """The config that `resolved_yaml` wrote into `path`. Raises ConfigError 110 when it cannot be read as one."""
+def from_dict(content: object, where: str) -> Config:
+    """The inverse of `to_dict`. Raises ConfigError 110: `content`, which is from `where`, is none."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        return cast(Config, OmegaConf.to_object(merged))
-    except (*translate.REFUSALS, OSError, ValueError) as error:
+        if not isinstance(content, dict):
+            raise ValueError(f"it is {content!r}")
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content)))
+    except (*translate.REFUSALS, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        way_out = "Name the config.yaml that a run of this version wrote"
-        raise ConfigError.of(
-            110, "config.yaml", path, f"it cannot be read as a run's options ({reason})", way_out
-        ) from error
+        way_out = "Name what a run of this version wrote"
+        raise ConfigError.of(110, "config", where, f"it holds no options of a run ({reason})", way_out) from error
 
 
 def config_hash(cfg: Config) -> str:

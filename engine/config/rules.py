@@ -11,7 +11,7 @@ from engine.config.rules_data import sample_violations
 from engine.config.rules_memory import memory_violations, zero_violations
 from engine.config.rules_model import data_violations, loss_violations, model_violations
 from engine.config.rules_parallel import RELATED, cut_violations, fits, schedule_violations
-from engine.config.rules_run import extra_violations, optim_violations, run_violations
+from engine.config.rules_run import extra_violations, optim_violations, run_violations, state_violations
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
 
@@ -49,5 +49,6 @@ def check(cfg: Config, world_size: int) -> list[Violation]:
         *memory_violations(cfg),
         *loss_violations(cfg),
         *run_violations(cfg),
+        *state_violations(cfg),
         *extra_violations(cfg),
     ]

@@ -1,8 +1,10 @@
-"""Rules for the model, its data and its loss (codes 302..307, 350..354)."""
+"""Rules for the model, its data and its loss (codes 302..307, 321..323, 350..354)."""
 
 from __future__ import annotations
 
-from engine.config.derived import head_dim, kv_heads
+import math
+
+from engine.config.derived import head_dim, kv_heads, rotary_dim
 from engine.config.enums import Family, Positions, Recompute, SentenceHead
 from engine.config.layout import divisors
 from engine.config.schema import Config, ModelConfig
@@ -12,7 +14,7 @@ _RANDOM = "random"
 
 
 def model_violations(model: ModelConfig) -> list[Violation]:
-    """Widths, heads and what a family has (302..304, 351..354)."""
+    """Widths, heads and what a family has (302..304, 321..323, 351..354)."""
     found = []
     heads, kv, hidden = model.num_heads, kv_heads(model), model.hidden_size
     if heads % kv:
@@ -38,9 +40,18 @@ def model_violations(model: ModelConfig) -> list[Violation]:
                 f"model.num_heads={' or '.join(map(str, sorted(near)))}, or set model.head_dim",
             )
         )
-    elif model.positions is Positions.rotary and head_dim(model) % 2:
-        width = head_dim(model)
-        found.append(
+    elif model.positions is Positions.rotary:
+        found += _rotary_violations(model)
+    return found + _family_violations(model)
+
+
+def _rotary_violations(model: ModelConfig) -> list[Violation]:
+    """Rotary angles turn pairs: of whole heads (304), or of their share `rotary_fraction` (322)."""
+    width, turned = head_dim(model), rotary_dim(model)
+    if turned >= 2 and turned % 2 == 0:
+        return []
+    if model.rotary_fraction == 1 or width < 2:
+        return [
             Violation(
                 code=304,
                 option="model.head_dim",
@@ -48,14 +59,40 @@ def model_violations(model: ModelConfig) -> list[Violation]:
                 rule="rotary positions turn pairs of channels, so head_dim is even",
                 way_out=f"Use model.head_dim={width + 1}, or model.positions=learned",
             )
+        ]
+    # Rounded up, because the product with head_dim is rounded down.
+    near = f"Use model.rotary_fraction={math.ceil(max(2, turned - 1) / width * 10_000) / 10_000:g}"
+    return [
+        Violation(
+            code=322,
+            option="model.rotary_fraction",
+            value=model.rotary_fraction,
+            rule=f"rotary positions turn pairs of channels, and {turned} of head_dim {width} are no pairs",
+            way_out=near if width % 2 else f"{near}, or 1.0",
         )
-    return found + _family_violations(model)
+    ]
 
 
 def _family_violations(model: ModelConfig) -> list[Violation]:
-    """Options that only one family has, and what its parts need of each other (351..354)."""
+    """Options that only one family has, and what its parts need of each other (321, 323, 351..354)."""
     bert, types, head = model.family is Family.bert, model.token_types, model.sentence_head
     table = [
+        (
+            model.positions is Positions.learned and model.rotary_fraction != 1,
+            321,
+            "model.rotary_fraction",
+            model.rotary_fraction,
+            "a learned table of positions has no rotary angles",
+            "Use model.rotary_fraction=1.0" if bert else "Use model.rotary_fraction=1.0, or model.positions=rotary",
+        ),
+        (
+            bert and model.parallel_residual,
+            323,
+            "model.parallel_residual",
+            model.parallel_residual,
+            "the bert family normalises the sum after each sublayer, so that one follows the other",
+            "Use model.parallel_residual=false, or model.family=gpt",
+        ),
         (
             bert and model.positions is not Positions.learned,
             351,

@@ -1,12 +1,12 @@
-"""Rules for the optimizer's schedule, the run's folder and the DeepSpeed bridge (308..313, 355)."""
+"""Rules for the optimizer's schedule, a run's folder and state, and the DeepSpeed bridge (308..313, 355, 380..382)."""
 
 from __future__ import annotations
 
 import re
 
 from engine.config.deepspeed_keys import KNOWN, OWNED
-from engine.config.derived import cooldown_steps, warmup_steps
-from engine.config.enums import ScheduleName
+from engine.config.derived import cooldown_steps, warmup_steps, writes_checkpoints
+from engine.config.enums import Offload, OffloadStrategy, ScheduleName
 from engine.config.schema import Config
 from engine.errors import Violation, nearest
 
@@ -64,6 +64,38 @@ def run_violations(cfg: Config) -> list[Violation]:
         rule = f"profiled steps {start} to {start + length - 1} reach past train.steps {steps}"
         way_out = f"Use profile.start={fits} profile.steps={min(length, steps)}, or train.steps={start + length}"
         found.append(Violation(code=311, option="profile.start", value=start, rule=rule, way_out=way_out))
+    return found
+
+
+def state_violations(cfg: Config) -> list[Violation]:
+    """One beginning (380, 381); state that is saved or loaded is where Octant can reach it (382)."""
+    found = []
+    run, checkpoint, zero = cfg.run, cfg.checkpoint, cfg.zero
+    if run.resume and run.overwrite:
+        rule = "run.overwrite=true removes what it would go on from"
+        way_out = "Use one of them"
+        found.append(Violation(code=380, option="run.resume", value=run.resume, rule=rule, way_out=way_out))
+    if checkpoint.load is not None and checkpoint.initial_weights is not None:
+        rule = "checkpoint.initial_weights is set too, and a state has weights of its own"
+        way_out = "Use checkpoint.load=null to start from the weights, or checkpoint.initial_weights=null to go on"
+        found.append(Violation(code=381, option="checkpoint.load", value=checkpoint.load, rule=rule, way_out=way_out))
+    where = {
+        "zero.offload_optimizer": zero.offload_optimizer is Offload.nvme and zero.offload_optimizer,
+        "zero.offload_params": zero.offload_params is Offload.nvme and zero.offload_params,
+        "zero.offload_strategy": zero.offload_strategy is not OffloadStrategy.plain and zero.offload_strategy,
+    }
+    away = [f"{option}={value}" for option, value in where.items() if value]
+    asked = {
+        "run.resume": run.resume,
+        "checkpoint.load": checkpoint.load,
+        "checkpoint.every": writes_checkpoints(cfg) and checkpoint.every,
+    }
+    for option, value in asked.items():
+        if value and away:
+            rule = f"{away[0]} keeps optimizer state where checkpoints cannot reach it"
+            none = "checkpoint.every=0, or " if option == "checkpoint.every" else ""
+            way_out = f"Use {none}plain offload to host memory (=cpu, zero.offload_strategy=plain)"
+            found.append(Violation(code=382, option=option, value=value, rule=rule, way_out=way_out))
     return found
 
 

@@ -29,12 +29,13 @@ from engine.config.enums import (
     Switch,
     WandbMode,
 )
+from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
-    """A transformer. GPT-2 and Llama are points of the `gpt` family, BERT and ALBERT's objective of `bert`."""
+    """A transformer. GPT-2, Llama, GPT-NeoX and Qwen2 are points of `gpt`, BERT and ALBERT's objective of `bert`."""
 
     name: str = MISSING
     """Name of the preset, for logs and file names."""
@@ -60,11 +61,17 @@ class ModelConfig:
     positions: Positions = Positions.learned
     rotary_base: float = 10000.0
     """Base theta of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15)."""
+    rotary_fraction: float = 1.0
+    """Share of each head's dims, the first ones, that rotary angles turn (GPT-NeoX, arXiv 2204.06745: 0.25)."""
+    parallel_residual: bool = False
+    """`gpt`: attention and feed-forward read the same x, x + attn(norm1(x)) + mlp(norm2(x)) (arXiv 2204.06745)."""
     norm: Norm = Norm.layernorm
     norm_eps: float = 1e-5
     activation: Activation = Activation.gelu_tanh
     bias: bool = True
     """Biases in linear layers and layer norms (RMSNorm has none)."""
+    qkv_bias: bool | None = None
+    """Biases of the query, key and value projections (Qwen2 has no others). None: as `bias`."""
     tied_head: bool = True
     """The output projection shares the token embedding's weight."""
     dropout: float = 0.0
@@ -214,17 +221,6 @@ class TrainingConfig:
 
 
 @dataclass(slots=True, kw_only=True)
-class CheckpointConfig:
-    """Weights in and out, as logical tensors in safetensors: independent of the layout that wrote them."""
-
-    initial_weights: str | None = None
-    """Start from this `weights` folder of an earlier run, or from a Hugging Face folder (config.json, safetensors) of a
-    GPT-2, Llama, Mistral or BERT, instead of random weights. Any layout can read it."""
-    save_final: bool = True
-    """Write the fp32 weights into `weights/` in the run folder when training ends."""
-
-
-@dataclass(slots=True, kw_only=True)
 class LoggingConfig:
     """What is reported, and how often."""
 
@@ -259,6 +255,8 @@ class RunConfig:
     dir: str = "runs"
     overwrite: bool = False
     """Replace the results of an earlier run of the same name."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of the run of the same name, in any layout; start where there is none."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.config.derived import attention_scale, ffn_size, head_dim, kv_heads, matrix_init_scale
+from engine.config.derived import attention_scale, ffn_size, head_dim, kv_heads, matrix_init_scale, qkv_bias
 from engine.config.enums import Activation, Family
 from engine.config.schema import ModelConfig
 from engine.dist.context import AxisGroup
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             cfg.hidden_size,
             query + 2 * kv,
             tp=tp,
-            bias=cfg.bias,
+            bias=qkv_bias(cfg),
             init_std=matrix_std(cfg),
             segments=(query, kv, kv),
             sequence=wiring.sequence,
@@ -148,13 +148,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each with dropout and a residual sum.
 
-    `gpt` normalises each sublayer's input (pre-norm): x + f(norm(x)). `bert` normalises the sum (post-norm):
-    norm(x + f(x)).
+    `gpt` normalises each sublayer's input (pre-norm): x + f(norm(x)), or with `parallel_residual` both sublayers read
+    the block's input: x + f1(norm1(x)) + f2(norm2(x)). `bert` normalises the sum (post-norm): norm(x + f(x)).
     """
 
     def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
-        self.p, self.post_norm = cfg.dropout, cfg.family is Family.bert
+        self.p, self.post_norm, self.parallel = cfg.dropout, cfg.family is Family.bert, cfg.parallel_residual
         self.attention_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
         self.attention = Attention(cfg, wiring)
         self.mlp_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
@@ -182,8 +182,9 @@ class Block(nn.Module):
         if self.post_norm:
             x_BLD = self.attention_norm(x_BLD + self._drop(self.attention(x_BLD, *seen), keys_BL, 0))
             return self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP))
-        x_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), *seen), keys_BL, 0)
-        return x_BLD + self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP)
+        attended_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), *seen), keys_BL, 0)
+        read_BLD = x_BLD if self.parallel else attended_BLD
+        return attended_BLD + self._drop(self.mlp(self.mlp_norm(read_BLD)), keys_BL, _AFTER_MLP)
 
     def _drop(self, x_BLD: Tensor, keys_BL: Tensor | None, salt: int) -> Tensor:
         return x_BLD if keys_BL is None else dropout(x_BLD, keys_BL, self.p, salt)

@@ -1,4 +1,7 @@
-"""GPT as a list of layers. GPT-2 and Llama are two settings of it. Shapes: B batch, L positions, D hidden."""
+"""GPT as a list of layers; GPT-2, Llama, GPT-NeoX and Qwen2 are settings of it.
+
+Shapes: B batch, L positions, D hidden.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from engine.config.derived import head_dim, logit_scale, padded_vocab
+from engine.config.derived import logit_scale, padded_vocab, rotary_dim
 from engine.config.enums import Positions, Recompute
 from engine.config.schema import Config, ModelConfig
 from engine.dist.context import AxisGroup, ParallelContext
@@ -101,7 +104,7 @@ def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> l
     model = cfg.model
     rotary = None
     if model.positions is Positions.rotary:
-        rotary = RotaryTable(model.max_positions, head_dim(model), model.rotary_base, ctx.device)
+        rotary = RotaryTable(model.max_positions, rotary_dim(model), model.rotary_base, ctx.device)
     wiring = Wiring(
         tp=ctx.tp,
         cp=ctx.cp,

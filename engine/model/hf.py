@@ -1,86 +1,71 @@
-"""Our logical tensors under the names and in the shapes of transformers: GPT-2, Llama and BERT.
+"""Our logical tensors under the names and in the shapes of transformers: GPT-2, GPT-NeoX, Llama, Qwen2 and BERT.
 
-Every step is a renaming, a transposition or a cut along the first dim, so values and gradients go both ways unchanged.
+Every step is a renaming, a transposition, an order or a cut of rows, so values and gradients go both ways unchanged.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, pairwise
 
-from torch import Tensor
-
-from engine.config.derived import ffn_size, head_dim, kv_heads
-from engine.config.enums import Family, Positions, SentenceHead
+from engine.config.derived import ffn_size, head_dim, kv_heads, qkv_bias
+from engine.config.enums import Activation, Family, Norm, Positions, SentenceHead
 from engine.config.schema import ModelConfig
+from engine.model.hf_stored import HFNames, Stored
 
 
 class HFFamily(StrEnum):
     """`model_type` of the configurations that transformers has for our models."""
 
     gpt2 = "gpt2"
+    gpt_neox = "gpt_neox"
     llama = "llama"
+    qwen2 = "qwen2"
     bert = "bert"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of transformers that is a part of a logical tensor: its rows from `start` to `stop` (None: to the end).
-
-    `transposed`: stored as (in, out) where ours is (out, in). `also`: further names of the same values.
-    """
-
-    name: str
-    start: int = 0
-    stop: int | None = None
-    transposed: bool = False
-    also: tuple[str, ...] = ()
-
-    def shape(self, logical: Sequence[int]) -> tuple[int, ...]:
-        """Its shape, where the logical tensor has shape `logical`."""
-        rows = (logical[0] if self.stop is None else self.stop) - self.start
-        shape = (rows, *logical[1:])
-        return shape[::-1] if self.transposed else shape
-
-    def turned(self, value: Tensor) -> Tensor:
-        """Between our layout and theirs, either way."""
-        return value.T if self.transposed else value
-
-
-HFNames = dict[str, tuple[Stored, ...]]
-"""Each logical tensor's parts, in the order of their rows."""
 
 
 def hf_family(cfg: ModelConfig) -> HFFamily:
     """The family of transformers that `cfg` is nearest to."""
     if cfg.family is Family.bert:
         return HFFamily.bert
-    return HFFamily.llama if cfg.positions is Positions.rotary else HFFamily.gpt2
+    if cfg.positions is Positions.learned:
+        return HFFamily.gpt2
+    if cfg.norm is Norm.layernorm and cfg.activation is not Activation.swiglu:
+        return HFFamily.gpt_neox
+    return HFFamily.qwen2 if qkv_bias(cfg) and not cfg.bias else HFFamily.llama
 
 
 def hf_names(cfg: ModelConfig) -> HFNames:
     """Where transformers keeps each logical tensor of `cfg`, which is one that `hf_config` accepts."""
-    return {HFFamily.gpt2: _gpt2, HFFamily.llama: _llama, HFFamily.bert: _bert}[hf_family(cfg)](cfg)
+    families = {HFFamily.gpt2: _gpt2, HFFamily.gpt_neox: _neox, HFFamily.bert: _bert}
+    return families.get(hf_family(cfg), _llama)(cfg)
 
 
-_PREFIX = {HFFamily.gpt2: "transformer.", HFFamily.llama: "model.", HFFamily.bert: "bert."}
-_HEADS = ("lm_head.", "cls.")
-_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.position_ids$")
+_PREFIX = {
+    HFFamily.gpt2: "transformer.",
+    HFFamily.gpt_neox: "gpt_neox.",
+    HFFamily.llama: "model.",
+    HFFamily.qwen2: "model.",
+    HFFamily.bert: "bert.",
+}
+_HEADS = ("lm_head.", "embed_out.", "cls.")
+_BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 
 def canonical_names(family: HFFamily, names: Iterable[str]) -> dict[str, str]:
     """Names in a file by the names that `hf_names` has: older files lack the prefix, and say gamma and beta.
 
-    Constants that old versions stored (causal masks, rotary frequencies, position numbers) are left out.
+    The head of GPT-NeoX is embed_out in files; the class of transformers calls it lm_head, and so may a file. Constants
+    that old versions stored (causal masks, rotary frequencies, position numbers) are left out.
     """
     given = [name for name in names if not _BUFFERS.search(name)]
     bare = not any(name.startswith(_PREFIX[family]) for name in given)
     found = {}
     for name in given:
         key = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: {"gamma": "weight", "beta": "bias"}[m[1]], name)
+        key = re.sub(r"^lm_head\.", "embed_out.", key) if family is HFFamily.gpt_neox else key
         found[_PREFIX[family] + key if bare and not key.startswith(_HEADS) else key] = name
     return found
 
@@ -121,8 +106,29 @@ def _gpt2(cfg: ModelConfig) -> HFNames:
     return found
 
 
+def _neox(cfg: ModelConfig) -> HFNames:
+    """Its query, key and value projections are fused head by head."""
+    found = _token_tables(cfg, "gpt_neox.embed_in.weight", "embed_out.weight")
+    parts = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "attention.dense": "attention.out",
+        "mlp.dense_h_to_4h": "mlp.up",
+        "mlp.dense_4h_to_h": "mlp.down",
+    }
+    for kind in _kinds(True):
+        found[f"final_norm.{kind}"] = (Stored(f"gpt_neox.final_layer_norm.{kind}"),)
+        for i in range(cfg.num_layers):
+            block, layer = f"block.{i}", f"gpt_neox.layers.{i}"
+            fused = Stored(f"{layer}.attention.query_key_value.{kind}", heads=cfg.num_heads)
+            found[f"{block}.attention.qkv.{kind}"] = (fused,)
+            for name, own in parts.items():
+                found[f"{block}.{own}.{kind}"] = (Stored(f"{layer}.{name}.{kind}"),)
+    return found
+
+
 def _llama(cfg: ModelConfig) -> HFNames:
-    """Its query, key, value, gate and up projections are apart, ours fused."""
+    """Its query, key, value, gate and up projections are apart, ours fused; those of Qwen2 too."""
     found = _token_tables(cfg, "model.embed_tokens.weight", "lm_head.weight")
     found["final_norm.weight"] = (Stored("model.norm.weight"),)
     query, kv, ffn = cfg.num_heads * head_dim(cfg), kv_heads(cfg) * head_dim(cfg), ffn_size(cfg)
@@ -130,9 +136,10 @@ def _llama(cfg: ModelConfig) -> HFNames:
         block, layer = f"block.{i}", f"model.layers.{i}"
         found[f"{block}.attention_norm.weight"] = (Stored(f"{layer}.input_layernorm.weight"),)
         found[f"{block}.mlp_norm.weight"] = (Stored(f"{layer}.post_attention_layernorm.weight"),)
-        for kind in _kinds(cfg.bias):
+        for kind in _kinds(qkv_bias(cfg)):
             qkv = [f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
             found[f"{block}.attention.qkv.{kind}"] = _fused(qkv, (query, kv, kv))
+        for kind in _kinds(cfg.bias):
             found[f"{block}.attention.out.{kind}"] = (Stored(f"{layer}.self_attn.o_proj.{kind}"),)
             gates = [f"{layer}.mlp.{part}_proj.{kind}" for part in ("gate", "up")]
             found[f"{block}.mlp.up.{kind}"] = _fused(gates, (ffn, ffn))

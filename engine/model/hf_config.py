@@ -9,13 +9,26 @@ from engine.config.enums import Activation, Family, Norm, SentenceHead
 from engine.config.schema import ModelConfig
 from engine.model.hf import HFFamily, hf_family
 
+_GELU = {Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_new"}
+
 
 def unlike_theirs(cfg: ModelConfig) -> list[tuple[str, Any, str]]:
     """Options of `cfg` that the nearest family of transformers cannot be: option, value, and what it would have."""
     family = hf_family(cfg)
-    needed: dict[str, tuple[Any, Any]] = {"mup_base_width": (cfg.mup_base_width, None)}
-    if family is HFFamily.llama:
-        needed |= {"norm": (cfg.norm, Norm.rmsnorm), "activation": (cfg.activation, Activation.swiglu)}
+    # Only Llama may have no biases at all; Qwen2 has these and no others.
+    biased = cfg.bias if family is HFFamily.llama else True
+    needed: dict[str, tuple[Any, Any]] = {
+        "mup_base_width": (cfg.mup_base_width, None),
+        "qkv_bias": (biased if cfg.qkv_bias is None else cfg.qkv_bias, biased),
+    }
+    if family is not HFFamily.gpt_neox:
+        needed["parallel_residual"] = (cfg.parallel_residual, False)
+    if family in (HFFamily.llama, HFFamily.qwen2):
+        needed |= {
+            "norm": (cfg.norm, Norm.rmsnorm),
+            "activation": (cfg.activation, Activation.swiglu),
+            "rotary_fraction": (cfg.rotary_fraction, 1.0),
+        }
     else:
         gelu = cfg.activation if cfg.activation is not Activation.swiglu else Activation.gelu_tanh
         needed |= {
@@ -39,7 +52,12 @@ def architecture(cfg: ModelConfig) -> str:
     """The class of transformers that has all of the model's heads."""
     if cfg.family is Family.bert:
         return "BertForMaskedLM" if cfg.sentence_head is SentenceHead.none else "BertForPreTraining"
-    return {HFFamily.gpt2: "GPT2LMHeadModel", HFFamily.llama: "LlamaForCausalLM"}[hf_family(cfg)]
+    return {
+        HFFamily.gpt2: "GPT2LMHeadModel",
+        HFFamily.gpt_neox: "GPTNeoXForCausalLM",
+        HFFamily.llama: "LlamaForCausalLM",
+        HFFamily.qwen2: "Qwen2ForCausalLM",
+    }[hf_family(cfg)]
 
 
 def hf_config(cfg: ModelConfig, end: int | None = None) -> Any:
@@ -78,16 +96,22 @@ def hf_config(cfg: ModelConfig, end: int | None = None) -> Any:
             attention_probs_dropout_prob=cfg.attention_dropout,
             **common,
         )
-    return transformers.LlamaConfig(
-        num_key_value_heads=kv_heads(cfg),
-        head_dim=head_dim(cfg),
-        rms_norm_eps=cfg.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rotary_base},
-        attention_bias=cfg.bias,
-        mlp_bias=cfg.bias,
-        attention_dropout=cfg.attention_dropout,
-        **common,
-    )
+    common["attention_dropout"] = cfg.attention_dropout
+    rope = {"rope_type": "default", "rope_theta": cfg.rotary_base}
+    if family is HFFamily.gpt_neox:
+        return transformers.GPTNeoXConfig(
+            hidden_act=_GELU[cfg.activation],
+            layer_norm_eps=cfg.norm_eps,
+            rope_parameters={**rope, "partial_rotary_factor": cfg.rotary_fraction},
+            use_parallel_residual=cfg.parallel_residual,
+            attention_bias=True,
+            hidden_dropout=cfg.dropout,
+            **common,
+        )
+    common |= {"num_key_value_heads": kv_heads(cfg), "head_dim": head_dim(cfg), "rms_norm_eps": cfg.norm_eps}
+    if family is HFFamily.qwen2:
+        return transformers.Qwen2Config(rope_parameters=rope, use_sliding_window=False, **common)
+    return transformers.LlamaConfig(rope_parameters=rope, attention_bias=cfg.bias, mlp_bias=cfg.bias, **common)
 
 
 def _gpt2(cfg: ModelConfig) -> dict[str, Any]:
@@ -97,7 +121,7 @@ def _gpt2(cfg: ModelConfig) -> dict[str, Any]:
         "n_layer": cfg.num_layers,
         "n_head": cfg.num_heads,
         "n_inner": ffn_size(cfg),
-        "activation_function": "gelu_new" if cfg.activation is Activation.gelu_tanh else "gelu",
+        "activation_function": _GELU[cfg.activation],
         "layer_norm_epsilon": cfg.norm_eps,
         "resid_pdrop": cfg.dropout,
         "embd_pdrop": cfg.dropout,

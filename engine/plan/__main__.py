@@ -11,7 +11,7 @@ from engine.config import entry, rules
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.plan.costs import total_parameters
-from engine.plan.host import GIB, available_bytes, host_bytes
+from engine.plan.host import GIB, available_bytes, host_bytes, snapshot_bytes
 from engine.plan.memory import Memory, memory, rank_parameters, step_timeline
 from engine.plan.stages import chunk_owners, chunks
 from engine.topology.grid import Grid
@@ -47,7 +47,7 @@ def _plan(words: list[str], world: int | None, per_host: int) -> int:
 
 
 def plan(cfg: Config, grid: Grid, local_ranks: int) -> Iterator[str]:
-    """The layout, the schedule, a table with a row for each pipeline rank, and what offload takes of each host."""
+    """The layout, the schedule, a table with a row for each pipeline rank, and what is taken of each host's memory."""
     train = cfg.train
     axes = (("pp", grid.pp), ("dp", grid.dp), ("cp", grid.cp), ("tp", grid.tp))
     mesh = " x ".join(f"{axis} {degree}" for axis, degree in axes)
@@ -58,18 +58,22 @@ def plan(cfg: Config, grid: Grid, local_ranks: int) -> Iterator[str]:
         idle = step_timeline(cfg).bubble
         yield f"{cfg.parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.1%}"
     yield from _table(cfg, grid)
-    needed = max(host_bytes(cfg, grid.world_size, local_ranks))
-    if needed:
+    needs = {
+        "offload": max(host_bytes(cfg, grid.world_size, local_ranks)),
+        "checkpoints": max(snapshot_bytes(cfg, grid.world_size, local_ranks)),
+    }
+    parts = ", ".join(f"{size / GIB:.3f} GiB of {what}" for what, size in needs.items() if size)
+    if parts:
         free = available_bytes()
         here = "" if free is None else f"; this machine has {free / GIB:.1f} GiB free"
-        yield f"host memory: {needed / GIB:.3f} GiB for the {local_ranks} ranks of a host{here}"
+        yield f"memory of a host for its {local_ranks} ranks: {parts}{here}"
 
 
 def _table(cfg: Config, grid: Grid) -> Iterator[str]:
     stages = range(grid.pp)
     needs = [memory(cfg, grid.world_size, stage) for stage in stages]
     unit, size = ("GiB", GIB) if max(need.total for need in needs) >= GIB else ("MiB", 2**20)
-    names = [field.name for field in fields(Memory) if field.name != "host"] + ["total"]
+    names = [field.name for field in fields(Memory) if field.name not in ("host", "snapshot")] + ["total"]
     rows = [["stage", "layers", "parameters", *names]]
     for stage, need in zip(stages, needs, strict=True):
         count = sum(rank_parameters(cfg, stage).values())

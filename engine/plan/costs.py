@@ -7,7 +7,7 @@ appendix B).
 
 from __future__ import annotations
 
-from engine.config.derived import ffn_size, head_dim, is_causal, kv_heads
+from engine.config.derived import ffn_size, head_dim, is_causal, kv_heads, qkv_bias
 from engine.config.enums import Activation, Balance, Norm, Positions, SentenceHead
 from engine.config.schema import ModelConfig
 
@@ -73,7 +73,7 @@ def block_parameters(model: ModelConfig) -> tuple[int, int]:
     query, key_value = model.num_heads * head_dim(model), kv_heads(model) * head_dim(model)
     up_projections = 2 if model.activation is Activation.swiglu else 1
     matrices = hidden * (2 * query + 2 * key_value) + (up_projections + 1) * hidden * inner
-    biases = query + 2 * key_value + up_projections * inner if model.bias else 0
+    biases = (query + 2 * key_value) * qkv_bias(model) + up_projections * inner * model.bias
     return matrices + biases, (2 * hidden if model.bias else 0) + 2 * norm_parameters(model)
 
 

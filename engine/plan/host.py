@@ -1,13 +1,15 @@
-"""Host memory: what offload needs on each machine, and what this one has (code 345)."""
+"""Host memory: what offload and checkpoints need on each machine, and what this one has (codes 345, 383)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 from engine.config.enums import Offload
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
-from engine.plan.memory import memory
+from engine.plan.memory import Memory, memory
 from engine.topology.grid import Grid
 
 GIB = 2**30
@@ -24,35 +26,46 @@ _CGROUPS = (
 
 
 def require(cfg: Config, world_size: int, local_ranks: int, available: int | None = None) -> None:
-    """Refuse offload that does not fit into the memory of a host with `local_ranks` of the ranks.
+    """Refuse what does not fit into the memory of a host with `local_ranks` of the ranks.
 
     `available` are its free bytes; None looks at this machine, and lets everything pass where that cannot be seen.
-    The rules hold for `cfg`. Raises `ConfigError` (345).
+    The rules hold for `cfg`. Raises `ConfigError`: 345 offloaded state, 383 the copies that checkpoints are made from.
     """
     free = available_bytes() if available is None else available
-    needed = host_bytes(cfg, world_size, local_ranks)
-    if free is None or max(needed) <= free:
+    offloaded, copies = host_bytes(cfg, world_size, local_ranks), snapshot_bytes(cfg, world_size, local_ranks)
+    both = [one + other for one, other in zip(offloaded, copies, strict=True)]
+    if free is None or max(both) <= free:
         return
-    on_cpu = cfg.zero.offload_optimizer is Offload.cpu
-    option = "zero.offload_optimizer" if on_cpu else "zero.offload_params"
-    disk = f", {option}=nvme" if cfg.zero.stage == 3 else ""
-    hosts = -(-sum(needed) // max(free, 1))
-    raise ConfigError(
-        Violation(
-            code=345,
-            option=option,
-            value=Offload.cpu,
-            rule=f"{local_ranks} ranks of this host would keep {max(needed) / GIB:.1f} GiB in its memory, and "
-            f"{free / GIB:.1f} GiB are free",
-            way_out=f"Use {option}=none{disk}, or spread the replicas over at least {hosts} such hosts",
-        )
-    )
+    hosts = -(-sum(both) // max(free, 1))
+    spread = f"spread the replicas over at least {hosts} such hosts"
+    if max(offloaded) <= free:
+        rule = f"checkpoints of {local_ranks} ranks of this host need {max(copies) / GIB:.1f} GiB in its memory"
+        rule += f" beside {max(offloaded) / GIB:.1f} GiB of offloaded state" if max(offloaded) else ""
+        option, value, code = "checkpoint.every", str(cfg.checkpoint.every), 383
+        way_out = f"Use checkpoint.every=0, or {spread}"
+    else:
+        on_cpu = cfg.zero.offload_optimizer is Offload.cpu
+        option = "zero.offload_optimizer" if on_cpu else "zero.offload_params"
+        disk = f", {option}=nvme" if cfg.zero.stage == 3 else ""
+        rule = f"{local_ranks} ranks of this host would keep {max(offloaded) / GIB:.1f} GiB in its memory"
+        value, code, way_out = str(Offload.cpu), 345, f"Use {option}=none{disk}, or {spread}"
+    rule += f", and {free / GIB:.1f} GiB are free"
+    raise ConfigError(Violation(code=code, option=option, value=value, rule=rule, way_out=way_out))
 
 
 def host_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:
     """Bytes of offloaded state and parameters on each host, when every `local_ranks` ranks in order share one."""
+    return _per_host(cfg, world_size, local_ranks, attrgetter("host"))
+
+
+def snapshot_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:
+    """Bytes of the copies that checkpoints are written from on each host, as `host_bytes`."""
+    return _per_host(cfg, world_size, local_ranks, attrgetter("snapshot"))
+
+
+def _per_host(cfg: Config, world_size: int, local_ranks: int, of: Callable[[Memory], int]) -> list[int]:
     grid = Grid.from_config(cfg.parallel, world_size)
-    of_stage = [memory(cfg, world_size, stage).host for stage in range(grid.pp)]
+    of_stage = [of(memory(cfg, world_size, stage)) for stage in range(grid.pp)]
     ranks = [of_stage[grid.coord(rank).pp] for rank in range(world_size)]
     return [sum(ranks[start : start + local_ranks]) for start in range(0, world_size, local_ranks)]
 

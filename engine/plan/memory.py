@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab
+from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab, writes_checkpoints
 from engine.config.enums import Activation, Attention, DType, Offload, OptimizerName, Recompute
 from engine.config.schema import Config
 from engine.plan.costs import block_parameters, parameter_counts
@@ -24,7 +24,7 @@ _MASTER = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank: on its device, and for offload in its host's memory."""
+    """Bytes of one rank: on its device, and in its host's memory for offload and for checkpoints."""
 
     weights: int
     gradients: int
@@ -33,6 +33,7 @@ class Memory:
     activations: int
     logits: int
     host: int
+    snapshot: int
 
     @property
     def total(self) -> int:
@@ -50,7 +51,8 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     `state_bytes`, / n, less the offloaded share r. host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3
     below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on NVMe is in neither.
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
-    layer too, gathered. activations: `activation_bytes` over the schedule. logits: (e + 8) b L padded_vocab / tp on the
+    layer too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
+    activations: `activation_bytes` over the schedule. logits: (e + 8) b L padded_vocab / tp on the
     rank of the head, for logits, fp32 probabilities and their fp32 gradient.
     """
     zero, parallel = cfg.zero, cfg.parallel
@@ -79,6 +81,7 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
         activations=_peak_activations(cfg, stage),
         logits=(width + 8) * _positions(cfg) * vocabulary if head else 0,
         host=round(host),
+        snapshot=round(_saved_bytes(cfg, held) / shards) if writes_checkpoints(cfg) else 0,
     )
 
 
@@ -103,6 +106,13 @@ def rank_parameters(cfg: Config, stage: int) -> dict[str, int]:
     return held
 
 
+def _saved_bytes(cfg: Config, held: dict[str, int]) -> int:
+    """fp32 weights and state of what a stage saves: a tied head is saved with the embedding."""
+    copied = cfg.model.tied_head and "embed.tokens" not in held
+    own = {name: count for name, count in held.items() if not (copied and name == "head")}
+    return _MASTER * sum(own.values()) + state_bytes(cfg, own)
+
+
 def state_bytes(cfg: Config, held: dict[str, int]) -> int:
     """Optimizer state of the parameters `held`, fp32: two moments (8 bytes each parameter) for adamw and lamb, one for
     lion and for sgd with momentum; muon one for the blocks' matrices and two for the rest. Adafactor's means of rows
@@ -121,10 +131,11 @@ def block_activation_bytes(cfg: Config) -> int:
 
     Korthikanti et al. (arXiv 2205.05198, sections 4.1, 4.2) for any feed-forward and head sizes, with fused attention,
     and without masks, which are computed again: e b (4 R D + L (2 Hq + 2 Hk + f F) / tp), plus the attention core.
-    The terms: inputs of the norms and of the two column-parallel layers, which gather them again; queries,
-    attention output, keys and values (Hk / tp at least `context` heads, which are repeated for it); f = 2 of GELU, 4
-    of SwiGLU. Core: 4 bytes per head and position (log-sum-exp) of a fused kernel; the reference keeps the
-    b N L seq_len / tp weights in fp32, twice with dropout, and keys and values repeated for all query heads.
+    The terms: inputs of the norms (with parallel_residual one for both, 3 R D) and of the two column-parallel layers,
+    which gather them again; queries, attention output, keys and values (Hk / tp at least `context` heads, which are
+    repeated for it); f = 2 of GELU, 4 of SwiGLU. Core: 4 bytes per head and position (log-sum-exp) of a fused kernel;
+    the reference keeps the b N L seq_len / tp weights in fp32, twice with dropout, and keys and values repeated for all
+    query heads.
     `recompute=selective` drops the core.
     """
     model, parallel = cfg.model, cfg.parallel
@@ -136,7 +147,8 @@ def block_activation_bytes(cfg: Config) -> int:
     queries = heads * head_dim(model)
     keys = queries if reference and not selective else kv * head_dim(model)
     inner = (4 if model.activation is Activation.swiglu else 2) * (ffn_size(model) // tp)
-    kept = 4 * residual * model.hidden_size + positions * (2 * queries + 2 * keys + inner)
+    streams = 3 if model.parallel_residual else 4
+    kept = streams * residual * model.hidden_size + positions * (2 * queries + 2 * keys + inner)
     core = 4 * positions * heads
     if reference:
         core = 4 * positions * heads * cfg.data.seq_len * (2 if model.attention_dropout > 0 else 1)

@@ -45,7 +45,7 @@ LAYOUT: Domains = {
     "zero": (0, 1, 2, 3),
     "accum": (1, 4, 8),
     "offload": ("none", "cpu"),
-    "flavour": ("gpt2", "llama", "bert"),
+    "flavour": ("gpt2", "llama", "bert", "neox", "qwen2"),
     "packed": (False, True),
 }
 """Settings that rules relate to each other. packed: attention stays inside the documents of a row."""
@@ -109,17 +109,19 @@ class Case:
 
 
 def with_flavour(cfg: Config, flavour: str, tied: bool) -> Config:
-    """`cfg` with its sizes kept and everything else of the model as GPT-2, Llama or BERT has it."""
+    """`cfg` with its sizes kept and everything else of the model as one of `LAYOUT`'s flavours has it."""
     # Section by section: a deep copy takes most of the time of planning.
     cfg = replace(cfg, **{section.name: replace(getattr(cfg, section.name)) for section in fields(cfg)})
     model = cfg.model
-    llama, bert = flavour == "llama", flavour == "bert"
+    llama, bert, neox = flavour in ("llama", "qwen2"), flavour == "bert", flavour == "neox"
     model.family = Family.bert if bert else Family.gpt
     model.tied_head, model.bias = tied, not llama
-    model.positions = Positions.rotary if llama else Positions.learned
+    model.qkv_bias = True if flavour == "qwen2" else None
+    model.positions = Positions.rotary if llama or neox else Positions.learned
+    model.parallel_residual, model.rotary_fraction = neox, 0.25 if neox else 1.0
     model.norm = Norm.rmsnorm if llama else Norm.layernorm
     model.norm_eps = 1e-12 if bert else 1e-5
-    model.activation = {"gpt2": Activation.gelu_tanh, "llama": Activation.swiglu, "bert": Activation.gelu}[flavour]
+    model.activation = Activation.swiglu if llama else Activation.gelu if bert or neox else Activation.gelu_tanh
     model.token_types = 2 if bert else 0
     model.sentence_head = SentenceHead.next_sentence if bert else SentenceHead.none
     if llama and model.num_kv_heads is None and model.num_heads % 2 == 0:

@@ -36,13 +36,18 @@ def empty_model(cfg: ModelConfig) -> nn.Module:
 
 
 def renamed(cfg: ModelConfig, ours: Mapping[str, Tensor]) -> Tensors:
-    """Logical tensors by transformers' names; all names of what has several."""
+    """Logical tensors by the names that transformers' models have; all names of what has several."""
     return {
-        name: part.turned(ours[own][part.start : part.stop])
+        in_model(name): part.turned(ours[own][part.start : part.stop])
         for own, parts in hf_names(cfg).items()
         for part in parts
         for name in (part.name, *part.also)
     }
+
+
+def in_model(name: str) -> str:
+    """The name of a tensor of a file in a model: transformers renames the head of GPT-NeoX as it reads and writes."""
+    return name.replace("embed_out.", "lm_head.")
 
 
 def relative_errors(cfg: ModelConfig, ours: Mapping[str, Tensor], theirs: nn.Module) -> dict[str, float]:

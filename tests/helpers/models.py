@@ -1,4 +1,4 @@
-"""Model configurations: the presets of conf/model/, and three tiny models for tests with what they eat."""
+"""Model configurations: the presets of conf/model/, and tiny models for tests with what they eat."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ LLAMA = replace(
     bias=False,
     tied_head=False,
 )
+NEOX = replace(
+    GPT2,
+    name="neox",
+    positions=Positions.rotary,
+    rotary_fraction=0.5,
+    parallel_residual=True,
+    activation=Activation.gelu,
+    tied_head=False,
+)
+QWEN2 = replace(LLAMA, name="qwen2", qkv_bias=True)
 BERT = replace(
     GPT2,
     name="bert",
@@ -56,7 +66,7 @@ BERT = replace(
     token_types=2,
     sentence_head=SentenceHead.next_sentence,
 )
-FLAVOURS = [GPT2, LLAMA]
+FLAVOURS = [GPT2, LLAMA, NEOX, QWEN2]
 MODELS = [*FLAVOURS, BERT]
 
 

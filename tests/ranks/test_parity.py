@@ -33,7 +33,7 @@ def test_the_quick_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest
     assert len(rows) == 20
     words = {word for row in rows for word in row["case"].split()}
     assert words >= {"pp4", "cp4", "tp4+sequence", "dp8", "zero3+offload", "accum8", "interleaved", "dualpipev"}
-    assert words >= {"gpt2", "llama", "bert", "variable", "dropout0.1", "smoothed", "recompute-full2"}
+    assert words >= {"gpt2", "llama", "bert", "neox", "qwen2", "variable", "dropout0.1", "smoothed", "recompute-full2"}
     # A layout that adds in the oracle's order may agree to the bit; most do not, unless nothing is compared.
     assert sum(row["errors"]["gradient"] > 0 for row in rows) >= 15
     for row in rows:

@@ -148,6 +148,8 @@ PUBLISHED = {
     "llama_160m": 162_417_408,
     "llama_1b": 1_235_814_400,
     "llama_8b": 8_030_261_248,
+    "pythia_160m": 162_322_944,
+    "qwen2_0_5b": 494_032_768,
 }
 # Named by size, after GPT-3.
 NAMED = {"gpt_1_3b": 1.3e9, "gpt_2_7b": 2.7e9, "gpt_6_7b": 6.7e9, "gpt_13b": 13e9}

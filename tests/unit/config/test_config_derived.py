@@ -12,6 +12,8 @@ from engine.config.derived import (
     kv_heads,
     padded_vocab,
     parts_per_rank,
+    qkv_bias,
+    rotary_dim,
     sequence_multiple,
     warmup_steps,
 )
@@ -21,12 +23,15 @@ MODEL = ModelConfig(name="m", num_layers=2, hidden_size=48, num_heads=6, vocab_s
 
 
 def test_sizes_that_are_not_set_follow_from_the_others() -> None:
-    assert (head_dim(MODEL), kv_heads(MODEL), ffn_size(MODEL)) == (8, 6, 192)
+    assert (head_dim(MODEL), kv_heads(MODEL), ffn_size(MODEL), rotary_dim(MODEL)) == (8, 6, 192, 8)
+    assert [qkv_bias(replace(MODEL, bias=bias)) for bias in (True, False)] == [True, False]
 
 
 def test_sizes_that_are_set_win() -> None:
     model = replace(MODEL, head_dim=16, num_kv_heads=2, ffn_size=100)
     assert (head_dim(model), kv_heads(model), ffn_size(model)) == (16, 2, 100)
+    assert [qkv_bias(replace(MODEL, bias=not biases, qkv_bias=biases)) for biases in (True, False)] == [True, False]
+    assert [rotary_dim(replace(model, rotary_fraction=share)) for share in (0.25, 0.3, 1.0)] == [4, 4, 16]
 
 
 @pytest.mark.parametrize(("vocab", "tp", "rows"), [(50257, 1, 50304), (50257, 8, 50688), (128, 2, 128), (129, 2, 256)])

@@ -24,6 +24,7 @@ from engine_kernels.reference.attention import attention as reference
 from tests.helpers.models import (
     GPT2,
     LLAMA,
+    NEOX,
     config_of,
     feed_of,
     layers_of,
@@ -35,12 +36,17 @@ from tests.helpers.packed import documents_alone, packed_batch
 
 LENGTHS = [[7, 1, 16], [3, 12, 5]]
 PADDING = [0, 4]
-by_name = pytest.mark.parametrize("cfg", [GPT2, LLAMA], ids=lambda c: c.name)
+by_name = pytest.mark.parametrize("cfg", [GPT2, LLAMA, NEOX], ids=lambda c: c.name)
 MODELS = [
-    replace(base, name=f"{base.name} {positions} {'tied' if tied else 'untied'}", positions=positions, tied_head=tied)
-    for base in (GPT2, LLAMA)
-    for positions in Positions
-    for tied in (True, False)
+    NEOX,
+    *(
+        replace(
+            base, name=f"{base.name} {positions} {'tied' if tied else 'untied'}", positions=positions, tied_head=tied
+        )
+        for base in (GPT2, LLAMA)
+        for positions in Positions
+        for tied in (True, False)
+    ),
 ]
 
 

@@ -43,10 +43,22 @@ def test_late_positions_keep_their_precision() -> None:
     # In fp32 the product 8191 * frequency alone would be off by 5e-4.
     table = RotaryTable(8192, 2, 1.0, CPU)
     angle = torch.tensor(8191.0, dtype=torch.float64)
-    assert float(table.cos_SH[-1, 0]) == pytest.approx(float(angle.cos()), abs=1e-7)
+    assert float(table.cos_SR[-1, 0]) == pytest.approx(float(angle.cos()), abs=1e-7)
     table = RotaryTable(8192, 64, 500_000.0, CPU)
     angle = torch.tensor(8191.0 * 500_000.0 ** (-2 / 64), dtype=torch.float64)
-    assert float(table.sin_SH[-1, 1]) == pytest.approx(float(angle.sin()), abs=1e-7)
+    assert float(table.sin_SR[-1, 1]) == pytest.approx(float(angle.sin()), abs=1e-7)
+
+
+@pytest.mark.parametrize("turned", [2, 4, 6])
+def test_a_part_of_each_head_is_turned_as_a_head_of_that_width_and_the_rest_left(turned: int) -> None:
+    x_BSNH = heads()
+    out = RotaryTable(16, turned, 10_000.0, CPU).rotate(x_BSNH)
+    expected = rotated_by_hand(x_BSNH[..., :turned], 10_000.0)
+    torch.testing.assert_close(out[..., :turned].double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(out[..., turned:], x_BSNH[..., turned:])
+    half = RotaryTable(16, turned, 10_000.0, CPU).rotate(x_BSNH.bfloat16())
+    whole = RotaryTable(16, turned, 10_000.0, CPU).rotate(x_BSNH.bfloat16().float())
+    assert torch.equal(half, whole.bfloat16()), "rounded once, at the end"
 
 
 def test_scores_depend_on_the_distance_alone() -> None:

@@ -12,7 +12,7 @@ from engine.config import Activation, ModelConfig
 from engine.config.enums import Recompute
 from engine.parallel.logical import logical_of
 from tests.helpers.hf_models import comparable, inputs_of, relative_errors, with_weights
-from tests.helpers.models import BERT, GPT2, LLAMA, batch_of, feed_of, loss_and_gradients, whole_model
+from tests.helpers.models import BERT, GPT2, LLAMA, NEOX, QWEN2, batch_of, feed_of, loss_and_gradients, whole_model
 
 # Between the models only the order of sums differs.
 TOLERANCE = 1e-5
@@ -62,6 +62,27 @@ def test_gpt2(activation: Activation, tied: bool) -> None:
 @pytest.mark.parametrize(("kv", "width", "base"), [(4, None, 10_000.0), (2, None, 500_000.0), (1, 12, 10_000.0)])
 def test_llama(kv: int, width: int | None, base: float, tied: bool) -> None:
     check(replace(LLAMA, num_kv_heads=kv, head_dim=width, rotary_base=base, tied_head=tied, norm_eps=1e-3), padded=tied)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("fraction", "parallel", "activation"),
+    [
+        (0.25, True, Activation.gelu),
+        (0.5, False, Activation.gelu),
+        (0.75, True, Activation.gelu_tanh),
+        (1.0, False, Activation.gelu),
+    ],
+)
+def test_neox(fraction: float, parallel: bool, activation: Activation, tied: bool) -> None:
+    cfg = replace(NEOX, rotary_fraction=fraction, parallel_residual=parallel, activation=activation, norm_eps=1e-3)
+    check(replace(cfg, tied_head=tied, rotary_base=100.0), padded=tied)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kv", "width"), [(4, None), (2, None), (1, 12)])
+def test_qwen2(kv: int, width: int | None, tied: bool) -> None:
+    check(replace(QWEN2, num_kv_heads=kv, head_dim=width, tied_head=tied, norm_eps=1e-3), padded=tied)
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -89,6 +89,7 @@ def test_one_block_by_hand() -> None:
     assert parameter_counts(model)["block.0"] == attention + feed_forward + 2 * 6
     biases = 12 + 2 * 4 + 6 + 2 * 5 + 6
     assert parameter_counts(replace(model, bias=True))["block.0"] == attention + feed_forward + biases + 4 * 6
+    assert parameter_counts(replace(model, qkv_bias=True))["block.0"] == attention + feed_forward + 12 + 2 * 4 + 2 * 6
     rms = replace(model, bias=True, norm=Norm.rmsnorm)
     assert parameter_counts(rms)["block.0"] == attention + feed_forward + biases + 2 * 6
 
@@ -115,6 +116,27 @@ def test_bert_has_the_parameters_of_transformers_model(head: SentenceHead, layer
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"token_types": 0}, {"tied_head": False}], ids=str)
 def test_every_layer_of_bert_has_the_parameters_that_it_is_built_with(changes: dict[str, Any]) -> None:
     model = replace(BERT, **{"num_layers": 2, "hidden_size": 48, "vocab_size": 320, "vocab_multiple": 1, **changes})
+    layers = build_layers(make_with(model), ParallelContext.single(), attention)
+    built = {
+        layer.name: sum(p.numel() for p in layer.factory().parameters()) if owner_of(layers, layer) is layer else 0
+        for layer in layers
+    }
+    assert parameter_counts(model) == built
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": False, "qkv_bias": True, "num_kv_heads": 2, "activation": Activation.swiglu, "norm": Norm.rmsnorm},
+        {"bias": True, "qkv_bias": False},
+        {"parallel_residual": True, "rotary_fraction": 0.25},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_layer_of_gpt_has_the_parameters_that_it_is_built_with(changes: dict[str, Any], tied: bool) -> None:
+    small = {"num_layers": 2, "hidden_size": 48, "num_heads": 6, "vocab_size": 320, "vocab_multiple": 1}
+    model = replace(GPT2, **{**small, "positions": Positions.rotary, "tied_head": tied, **changes})
     layers = build_layers(make_with(model), ParallelContext.single(), attention)
     built = {
         layer.name: sum(p.numel() for p in layer.factory().parameters()) if owner_of(layers, layer) is layer else 0

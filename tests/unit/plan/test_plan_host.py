@@ -7,7 +7,7 @@ import pytest
 from engine.config.enums import DType, Offload
 from engine.errors import ConfigError
 from engine.plan.costs import total_parameters
-from engine.plan.host import available_bytes, host_bytes, require
+from engine.plan.host import available_bytes, host_bytes, require, snapshot_bytes
 from engine.plan.memory import memory
 from tests.helpers.configs import make
 
@@ -45,6 +45,19 @@ def test_parameters_on_the_host_are_named_and_nvme_is_offered() -> None:
     (violation,) = caught.value.violations
     assert str(violation).startswith("[OCT345] zero.offload_params=cpu: 1 ranks of this host")
     assert "Use zero.offload_params=none, zero.offload_params=nvme, or" in violation.way_out
+
+
+def test_checkpoints_that_do_not_fit_are_refused() -> None:
+    cfg = make(checkpoint__every=10, train__steps=10)
+    copies = snapshot_bytes(cfg, 8, 4)
+    assert copies == [48 * total_parameters(cfg.model) // 8] * 2
+    require(cfg, 8, 4, available=copies[0])
+    with pytest.raises(ConfigError) as caught:
+        require(cfg, 8, 4, available=copies[0] - 1)
+    (violation,) = caught.value.violations
+    assert str(violation).startswith("[OCT383] checkpoint.every=10: checkpoints of 4 ranks of this host need 0.0 GiB")
+    assert violation.way_out == "Use checkpoint.every=0, or spread the replicas over at least 3 such hosts"
+    require(make(checkpoint__every=11, train__steps=10), 8, 4, available=0)
 
 
 def test_what_fits_and_what_is_not_offloaded_passes() -> None:

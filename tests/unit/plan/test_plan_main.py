@@ -27,7 +27,7 @@ def test_a_plan_shows_mesh_bubble_and_memory_of_each_stage(capsys: Capture) -> N
     assert first[:3] == ["0", "embed.tokens..block.0", "263,360"]
     assert last[:2] == ["1", "block.1..head"]
     assert sum(map(float, last[3:-1])) == pytest.approx(float(last[-1]), abs=0.03)
-    assert lines[7].startswith("host memory: 0.021 GiB for the 8 ranks of a host")
+    assert lines[7].startswith("memory of a host for its 8 ranks: 0.021 GiB of offload; this machine")
 
 
 def test_each_chunk_is_named_and_hosts_are_as_large_as_asked(capsys: Capture) -> None:
@@ -35,7 +35,13 @@ def test_each_chunk_is_named_and_hosts_are_as_large_as_asked(capsys: Capture) ->
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[5].split()[1:3] == ["embed.tokens..embed.positions,", "block.2..block.3"]
-    assert "for the 1 ranks of a host" in lines[-1]
+    assert lines[-1].startswith("memory of a host for its 1 ranks: 0.005 GiB of offload")
+
+
+def test_copies_for_checkpoints_are_told(capsys: Capture) -> None:
+    assert main(["parallel=octant", "checkpoint.every=5", "train.steps=5", "--per-host=4"]) == 0
+    # 12 bytes for each of the 301,888 parameters of both slices of the second stage, whose tied head the first saves.
+    assert "for its 4 ranks: 0.007 GiB of checkpoints" in capsys.readouterr().out
 
 
 def test_large_models_are_told_in_gib(capsys: Capture) -> None:

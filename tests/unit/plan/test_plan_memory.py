@@ -17,6 +17,7 @@ from engine.config.enums import (
     Offload,
     OptimizerName,
     PipelineSchedule,
+    Positions,
     Recompute,
 )
 from engine.config.schema import Config
@@ -74,6 +75,10 @@ def kept_bytes(cfg: Config) -> int:
         {"model__activation": Activation.swiglu, "model__bias": False},
         {"model__family": Family.bert, "model__activation": Activation.gelu},
         {"data__seq_len": 64, "train__micro_batch": 3},
+        {"model__parallel_residual": True},
+        {"model__bias": False, "model__qkv_bias": True},
+        {"model__positions": Positions.rotary},
+        {"model__positions": Positions.rotary, "model__rotary_fraction": 0.25, "model__parallel_residual": True},
     ],
     ids=str,
 )

@@ -120,7 +120,13 @@ def test_flavours_keep_the_sizes() -> None:
     assert (llama.positions, llama.norm, llama.activation) == (Positions.rotary, Norm.rmsnorm, Activation.swiglu)
     assert (gpt2.bias, llama.bias, gpt2.tied_head, llama.tied_head) == (True, False, True, False)
     assert (gpt2.num_kv_heads, llama.num_kv_heads, bert.num_kv_heads) == (None, 4, None)
-    for model in (gpt2, llama, bert):
+    neox, qwen2 = (with_flavour(cfg, name, True).model for name in ("neox", "qwen2"))
+    assert (neox.positions, neox.norm, neox.activation) == (Positions.rotary, Norm.layernorm, Activation.gelu)
+    assert (neox.parallel_residual, neox.rotary_fraction, neox.bias, neox.num_kv_heads) == (True, 0.25, True, None)
+    assert (qwen2.qkv_bias, qwen2.bias) == (True, False)
+    qwen2.qkv_bias, qwen2.tied_head = None, False
+    assert qwen2 == llama
+    for model in (gpt2, llama, bert, neox):
         assert (model.num_layers, model.hidden_size, model.num_heads, model.ffn_size) == (4, 128, 8, 352)
     assert cfg == base(ffn_size=352), "the given config is left alone"
 
@@ -132,6 +138,11 @@ def test_bert_is_that_of_the_preset_whatever_the_base() -> None:
     back = with_flavour(with_flavour(base(), "bert", True), "gpt2", True).model
     assert (back.family, back.sentence_head, back.token_types) == (Family.gpt, SentenceHead.none, 0)
     assert back == base().model
+    for name in ("neox", "qwen2"):
+        assert (
+            with_flavour(with_flavour(base(num_kv_heads=8), name, True), "gpt2", True).model
+            == base(num_kv_heads=8).model
+        )
 
 
 @pytest.mark.parametrize(

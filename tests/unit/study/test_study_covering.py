@@ -69,7 +69,7 @@ def test_a_choice_is_legal_distinct_and_begins_every_longer_one(space: Space) ->
     assert choose(space, 20) == many[:20]
     assert all(legal(base(), case) for case in many)
     flavours = [case.flavour for case in many]
-    assert all(flavours.count(flavour) >= 30 for flavour in ("gpt2", "llama", "bert"))
+    assert all(flavours.count(flavour) >= 18 for flavour in LAYOUT["flavour"])
 
 
 def test_few_cases_cover_more_than_as_many_taken_at_random(space: Space) -> None:

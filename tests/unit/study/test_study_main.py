@@ -85,7 +85,7 @@ def test_an_unknown_flavour_names_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as caught:
         study.main(["parity", "--flavours", "gpt2,t5"])
     assert caught.value.code == 2
-    assert "unknown ['t5'], known: gpt2, llama, bert" in capsys.readouterr().err
+    assert "unknown ['t5'], known: gpt2, llama, bert, neox, qwen2" in capsys.readouterr().err
 
 
 @pytest.fixture
