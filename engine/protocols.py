@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.dist.context import ParallelContext
 from engine.model.batch import Batch
+from engine.optim.state import Slot
 from engine.parallel.logical import LogicalTensor
 
 
@@ -21,6 +22,17 @@ class StepResult:
     """Mean loss over the targets of the global batch, before the step, nats per target; equal on all ranks."""
     grad_norm: Tensor
     """Global L2 norm of the averaged gradients before clipping; equal on all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What one rank must remember to go on as if it had never stopped."""
+
+    slots: Sequence[Slot]
+    """Master weights and optimizer state; memory to read from and to write into. On the ranks that share a tensor, in
+    the same order."""
+    numbers: dict[str, float]
+    """Counters and the loss scale; equal on all ranks."""
 
 
 class Engine(Protocol):
@@ -41,3 +53,9 @@ class Engine(Protocol):
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """This tensor-parallel rank's slice of each parameter of its stage, fp32 master, whole over dp."""
+
+    def state(self) -> EngineState:
+        """The state between two steps. Made of zeros where no step has made it yet. Not collective."""
+
+    def adopt_state(self, numbers: Mapping[str, float]) -> None:
+        """Go on from what was written into the slots of `state`, and from its `numbers`."""

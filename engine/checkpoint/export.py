@@ -11,20 +11,24 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.checkpoint.hf_reader import CONFIG, HF_INDEX, SINGLE
+from engine.checkpoint.initial import weights_of
+from engine.checkpoint.manifest import MANIFEST
 from engine.checkpoint.model_card import model_card
-from engine.checkpoint.weights import INDEX
+from engine.checkpoint.reader import Reader
 from engine.config.enums import DType, Family
-from engine.config.load import read_resolved
+from engine.config.load import from_dict
 from engine.config.schema import Config, ModelConfig
 from engine.data.tokenizer.vocabulary import vocabulary_of
 from engine.errors import CheckpointError, EngineError, Violation
 from engine.model.hf import Stored, hf_names
 from engine.model.hf_config import hf_config, unlike_theirs
+from engine.optim.state import WEIGHT
+from engine.parallel.rectangles import Rectangle, matrix_shape
 
 DTYPES = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
 _MARGIN = 1 << 24
@@ -33,11 +37,10 @@ _MARGIN = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to write: its name there, the part of the logical tensor `own` in `path`, and its size in bytes."""
+    """A tensor to write: its name there, the part of the logical tensor `own`, and its size in bytes."""
 
     name: str
     own: str
-    path: Path
     part: Stored
     size: int
 
@@ -52,7 +55,7 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write run folder `source` as a folder that transformers loads; complete or not there at all.
+    """Write final weights of a run, or a checkpoint's, as a folder that transformers loads; complete or not at all.
 
     Args:
         shard_size: most bytes of one file of tensors; a larger tensor has a file of its own.
@@ -60,13 +63,16 @@ def export(
         overwrite: replace an earlier export.
 
     Raises:
-        CheckpointError: 623 `source` has no weights, 624 transformers has no such model, 625 `out` exists, 626 the disk
-            is too small, 627 it cannot be written, 628 the tokenizer does not fit, 629 fp16 cannot hold a value.
-        ConfigError: 110 config.yaml cannot be read.
+        CheckpointError: 611 `source` has no weights, 623 they are another model's, 632 damaged, 624 transformers has
+            no such model, 625 `out` exists, 626 the disk is too small, 627 it cannot be written, 628 the tokenizer does
+            not fit, 629 fp16 cannot hold a value.
+        ConfigError: 110 the run's options cannot be read.
     """
-    cfg = run_config(source)
+    reader = weights_of(source, "SOURCE")
+    cfg = run_config(reader)
     _require_one_of_theirs(cfg.model)
-    entries = plan(source, cfg.model, DTYPES[dtype])
+    reader.verify()
+    entries = plan(reader, cfg.model, DTYPES[dtype])
     _require_free_name(out, overwrite)
     words = tokenizer or tokenizer_of(cfg, say)
     end = None if words is None else _end_token(words, cfg.model)
@@ -76,18 +82,13 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _require_space(partial, total)
-        write_shards(partial, entries, DTYPES[dtype], shard_size, say)
+        write_shards(partial, reader, entries, DTYPES[dtype], shard_size, say)
         _write_config(partial, cfg.model, dtype, end)
         if words is not None:
-            for path in sorted(words.iterdir()):
-                # Ours describes the cache, and config.json and weights are the model's.
-                if (
-                    path.is_file()
-                    and path.name not in ("octant.json", CONFIG)
-                    and path.suffix in (".json", ".txt", ".model")
-                ):
-                    shutil.copyfile(path, partial / path.name)
-        (partial / "README.md").write_text(model_card(source, cfg, dtype, total, words is not None), encoding="utf-8")
+            _copy_tokenizer(words, partial)
+        (partial / "README.md").write_text(
+            model_card(reader.manifest.facts, cfg, dtype, total, words is not None), encoding="utf-8"
+        )
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -102,14 +103,16 @@ def export(
     say(f"wrote {out}: {len(entries)} tensors, {total:,} bytes")
 
 
-def run_config(source: Path) -> Config:
-    """The options of run folder `source`. Raises CheckpointError 623: it is none, or has no weights."""
-    lacking = [name for name in ("config.yaml", f"weights/{INDEX}") if not (source / name).is_file()]
-    if lacking:
-        rule = f"it has no {' and no '.join(lacking)}"
-        way_out = "Name the folder of a run that ended with checkpoint.save_final=true, such as runs/mine"
-        raise CheckpointError.of(623, "SOURCE", source, rule, way_out)
-    return read_resolved(source / "config.yaml")
+def _copy_tokenizer(words: Path, folder: Path) -> None:
+    """What describes the cache stays there, and config.json and weights are the model's."""
+    for path in sorted(words.iterdir()):
+        if path.is_file() and path.name not in ("octant.json", CONFIG) and path.suffix in (".json", ".txt", ".model"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def run_config(reader: Reader) -> Config:
+    """The options of the run that wrote a checkpoint. Raises ConfigError 110: they are not those of this version."""
+    return from_dict(reader.manifest.facts.get("config"), f"{reader.folder / MANIFEST}")
 
 
 def _require_one_of_theirs(model: ModelConfig) -> None:
@@ -133,26 +136,19 @@ def _require_one_of_theirs(model: ModelConfig) -> None:
         )
 
 
-def plan(source: Path, model: ModelConfig, dtype: torch.dtype) -> list[Entry]:
-    """What is to be written, in the order of the model's layers. Raises CheckpointError 623: weights are damaged."""
-    root = source / "weights"
-    names = hf_names(model)
+def plan(reader: Reader, model: ModelConfig, dtype: torch.dtype) -> list[Entry]:
+    """What is to be written, in the order of the model's layers. Raises CheckpointError 623: another model's names."""
+    names, shapes = hf_names(model), reader.manifest.shapes.get(WEIGHT, {})
+    strange = sorted(names.keys() ^ shapes.keys())
+    if strange:
+        rule = f"its weights are not those of the model in its {MANIFEST}: {', '.join(strange[:3])}"
+        raise CheckpointError.of(623, "SOURCE", reader.folder, rule, "Name a run or a checkpoint that Octant wrote")
     found = []
-    try:
-        where = json.loads((root / INDEX).read_text())["weight_map"]
-        lacking = sorted(names.keys() ^ where.keys())
-        if lacking:
-            raise KeyError(f"not in both config.yaml's model and the index: {', '.join(lacking[:3])}")
-        for own, file in where.items():
-            with safe_open(root / file, "pt") as shard:
-                shape = tuple(shard.get_slice(own).get_shape())
-            for part in names[own]:
-                size = prod(part.shape(shape)) * dtype.itemsize
-                written = (part.name,) if model.tied_head or own != "head.bias.weight" else (part.name, *part.also)
-                found += [Entry(name, own, root / file, part, size) for name in written]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        way_out = "Copy the run folder again, or train again"
-        raise CheckpointError.of(623, "SOURCE", source, f"its weights are damaged ({error})", way_out) from error
+    for own, parts in names.items():
+        for part in parts:
+            size = prod(part.shape(shapes[own])) * dtype.itemsize
+            written = (part.name,) if model.tied_head or own != "head.bias.weight" else (part.name, *part.also)
+            found += [Entry(name, own, part, size) for name in written]
     return found
 
 
@@ -219,13 +215,15 @@ def shards(entries: list[Entry], most: int) -> list[list[Entry]]:
     return found
 
 
-def write_shards(folder: Path, entries: list[Entry], dtype: torch.dtype, most: int, say: Callable[[str], None]) -> None:
+def write_shards(
+    folder: Path, reader: Reader, entries: list[Entry], dtype: torch.dtype, most: int, say: Callable[[str], None]
+) -> None:
     """The tensors in transformers' layout of files: one, or several with an index. Raises CheckpointError 629."""
     cut = shards(entries, most)
     where: dict[str, str] = {}
     for number, shard in enumerate(cut, start=1):
         file = SINGLE if len(cut) == 1 else f"model-{number:05d}-of-{len(cut):05d}.safetensors"
-        save_file({entry.name: read(entry, dtype) for entry in shard}, folder / file, metadata={"format": "pt"})
+        save_file({entry.name: read(reader, entry, dtype) for entry in shard}, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys((entry.name for entry in shard), file)
         say(f"{file}: {len(shard)} tensors")
     if len(cut) > 1:
@@ -233,10 +231,14 @@ def write_shards(folder: Path, entries: list[Entry], dtype: torch.dtype, most: i
         (folder / HF_INDEX).write_text(json.dumps(index, indent=1))
 
 
-def read(entry: Entry, dtype: torch.dtype) -> Tensor:
+def read(reader: Reader, entry: Entry, dtype: torch.dtype) -> Tensor:
     """One tensor in their layout and in `dtype`; no more than its rows are read."""
-    with safe_open(entry.path, "pt") as file:
-        rows: Tensor = file.get_slice(entry.own)[entry.part.start : entry.part.stop]
+    shape = reader.manifest.shapes[WEIGHT][entry.own]
+    height, columns = matrix_shape(shape)
+    first, last = entry.part.start, height if entry.part.stop is None else entry.part.stop
+    rows = torch.empty(last - first, columns)
+    reader.read(WEIGHT, entry.own, Rectangle(first, last, 0, columns), rows)
+    rows = rows.view(last - first, *shape[1:])
     value = entry.part.turned(rows).to(dtype).contiguous()
     if dtype is torch.float16 and not torch.equal(value.isfinite(), entry.part.turned(rows).isfinite()):
         largest = float(rows.abs().max())

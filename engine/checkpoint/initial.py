@@ -1,27 +1,66 @@
-"""Where a run's first weights come from: `weights/` of an earlier run, or a Hugging Face folder."""
+"""Where a run's first weights come from: an earlier run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.checkpoint.hf_reader import hf_reader, is_hf_folder
-from engine.checkpoint.weights import INDEX, weights_reader
+from torch import Tensor
+
+from engine.checkpoint.hf_reader import CONFIG, hf_reader, is_hf_folder
+from engine.checkpoint.manifest import MANIFEST, is_complete
+from engine.checkpoint.reader import Reader
+from engine.checkpoint.restore import candidates, require_same_tensors
 from engine.config.schema import ModelConfig
+from engine.errors import CheckpointError
 from engine.model.layers import InitialWeights
+from engine.optim.state import WEIGHT
 from engine.parallel.logical import LogicalTensor
 
+OPTION = "checkpoint.initial_weights"
+WEIGHTS = "weights"
+"""Folder of a run with its final weights."""
 
-def initial_weights(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTensor]) -> InitialWeights:
+
+def initial_weights(
+    folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTensor], *, verify: bool = False
+) -> InitialWeights:
     """The weights in `folder`, written by any layout or by transformers.
 
     Args:
         wanted: every logical tensor of `model`.
+        verify: compare every byte with its checksum, where there are some.
 
     Raises:
-        CheckpointError: see `weights_reader` and `hf_reader`.
+        CheckpointError: see `weights_of`, `require_same_tensors`, `Reader.verify` and `hf_reader`.
     """
     root = Path(folder)
-    if not (root / INDEX).exists() and is_hf_folder(root):
+    if is_hf_folder(root):
         return hf_reader(folder, model, wanted)
-    return weights_reader(folder, wanted)
+    reader = weights_of(root)
+    require_same_tensors(reader, WEIGHT, {name: logical.shape for name, logical in wanted.items()}, OPTION)
+    if verify:
+        reader.verify()
+
+    def value(logical: LogicalTensor) -> Tensor:
+        return reader.tensor(WEIGHT, logical.name)
+
+    return value
+
+
+def weights_of(root: Path, option: str = OPTION) -> Reader:
+    """The weights of a run, which are its final ones or else its newest checkpoint, or those in a checkpoint.
+
+    Raises:
+        CheckpointError: 611 there are none; see also `Reader`.
+    """
+    if is_complete(root / WEIGHTS):
+        return Reader(root / WEIGHTS, option)
+    try:
+        return Reader(candidates(root, option)[0], option)
+    except CheckpointError as error:
+        if error.violations[0].code != 631 or (root / MANIFEST).exists():
+            raise
+        rule = f"it has neither weights of Octant nor of transformers ({CONFIG} and safetensors)"
+        way_out = "Name a run such as runs/mine, its weights or a checkpoint, or a Hugging Face folder"
+        raise CheckpointError.of(611, option, root, rule, way_out) from error

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from engine.config.enums import DType, Family
 from engine.config.schema import Config
 from engine.model.hf_config import architecture
 
 
-def model_card(source: Path, cfg: Config, dtype: DType, total: int, tokenizer: bool) -> str:
-    """Facts of run folder `source`, as far as it has them.
+def model_card(facts: Mapping[str, Any], cfg: Config, dtype: DType, total: int, tokenizer: bool) -> str:
+    """The page.
 
     Args:
+        facts: of the checkpoint, from its manifest.
         total: bytes of the tensors.
         tokenizer: whether the model's tokenizer is beside it.
     """
     model, layout, train = cfg.model, cfg.parallel, cfg.train
-    summary = _json(source / "summary.json")
-    versions = _json(source / "environment.json")
+    metrics, versions = facts.get("metrics", {}), facts.get("environment", {}).get("packages", {})
     data = (
         ", ".join(f"{name} ({share:g})" for name, share in cfg.data.blend.items())
         if cfg.data.blend
@@ -30,8 +30,9 @@ def model_card(source: Path, cfg: Config, dtype: DType, total: int, tokenizer: b
     rows = {
         "architecture": f"{architecture(model)}: {size}, {model.max_positions} positions",
         "tensors": f"{dtype}, {total:,} bytes",
-        "steps": summary.get("steps", train.steps),
-        **{name.replace("_", " "): f"{value:.4f}" for name, value in summary.items() if name.endswith("loss")},
+        "steps": facts["step"],
+        "samples": facts["samples"],
+        **{name.replace("_", " "): f"{float(value):.4f}" for name, value in metrics.items() if name.endswith("loss")},
         "data": data,
         "sequence length": cfg.data.seq_len,
         "seeds": f"train {train.seed}, data {cfg.data.seed}",
@@ -50,11 +51,3 @@ def model_card(source: Path, cfg: Config, dtype: DType, total: int, tokenizer: b
         f"---\nlibrary_name: transformers\n---\n\n# {cfg.run.name}\n\n{model.name}, trained with Octant.\n\n"
         f"| | |\n|---|---|\n{table}\n\n```python\n{code}\n```\n"
     )
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

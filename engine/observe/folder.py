@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import TextIO
 
+from engine.config.schema import RunConfig
 from engine.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,53 +25,53 @@ OWNED = (
     "loss.png",
     "weights",
     "weights.partial",
+    "checkpoints",
     "summary.json",
     "profile",
 )
 """What Octant writes into a run folder. Only these are removed by `run.overwrite=true`."""
 
 
-def open_run_folder(dir: str, name: str, overwrite: bool) -> Path:
+def open_run_folder(cfg: RunConfig) -> Path:
     """Create `<dir>/<name>/` and return it. Called by rank 0 alone.
 
-    Args:
-        overwrite: remove the results of an earlier run of that name; files that Octant does not write stay.
+    With `run.overwrite` the results of an earlier run are removed; files that Octant does not write stay.
 
     Raises:
         CheckpointError: 604 another process is writing there; see also `usable_run_folder`.
     """
-    folder = usable_run_folder(dir, name, overwrite)
-    _hold(folder, name)
-    if overwrite:
+    folder = usable_run_folder(cfg)
+    _hold(folder, cfg.name)
+    if cfg.overwrite:
         try:
             _remove_owned(folder)
         except OSError as error:
-            raise _not_writable(dir, folder, error) from error
+            raise _not_writable(cfg.dir, folder, error) from error
     return folder
 
 
-def usable_run_folder(dir: str, name: str, overwrite: bool) -> Path:
+def usable_run_folder(cfg: RunConfig) -> Path:
     """Make sure that `<dir>/<name>/` exists and can take a run's results; what it holds stays as it is.
 
     Raises:
         CheckpointError: 601 the folder holds results already, 602 it cannot be written.
     """
-    folder = Path(dir) / name
-    if has_results(folder) and not overwrite:
-        free = _free_name(Path(dir), name)
+    folder = Path(cfg.dir) / cfg.name
+    if has_results(folder) and not cfg.overwrite and not cfg.resume:
+        free = _free_name(Path(cfg.dir), cfg.name)
         raise CheckpointError.of(
             601,
             "run.name",
-            name,
+            cfg.name,
             f"{folder} already holds the results of a run ({METRICS_FILE})",
-            f"Use run.name={free}, or run.overwrite=true to replace them",
+            f"Use run.name={free}, run.resume=true to go on with it, or run.overwrite=true to replace them",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _not_writable(dir, folder, error) from error
+        raise _not_writable(cfg.dir, folder, error) from error
     return folder
 
 

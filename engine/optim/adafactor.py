@@ -7,8 +7,8 @@ relative step sizes nor scaling by the parameter's norm (section 8), no momentum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.optim.pieces import Item, LogicalOptimizer, Piece
+from engine.parallel.logical import LogicalTensor
 
 _DECAY, _CLIP, _EPS = 0.8, 1.0, 1e-30
 
@@ -104,26 +105,43 @@ class Adafactor(LogicalOptimizer):
 
     def _vector_update(self, item: Item, kept: float) -> Tensor:
         """The update of the vectors in a tensor; zero where it holds matrices."""
-        state, update = self.state[item.tensor], torch.zeros_like(item.gradient)
-        vectors = [piece for piece in item.pieces if len(piece.logical.shape) != 2]
-        if not vectors:
-            return update
-        if "square" not in state:
-            state["square"] = item.gradient.new_zeros(sum(piece.size for piece in vectors))
-        moments = state["square"].split([piece.size for piece in vectors])
-        for piece, moment in zip(vectors, moments, strict=True):
+        update = torch.zeros_like(item.gradient)
+        for piece, moment in self._squares(item):
             gradient = piece.of(item.gradient)
             moment.lerp_(gradient.square().add_(_EPS), 1 - kept)
             piece.of(update).copy_(gradient * moment.rsqrt())
         return update
+
+    def _squares(self, item: Item) -> list[tuple[Piece, Tensor]]:
+        """Each piece of a vector in a tensor, with its second moment."""
+        vectors, state = [piece for piece in item.pieces if len(piece.logical.shape) != 2], self.state[item.tensor]
+        sizes = [piece.size for piece in vectors]
+        if vectors and "square" not in state:
+            state["square"] = item.tensor.new_zeros(sum(sizes))
+        return list(zip(vectors, state["square"].split(sizes), strict=True)) if vectors else []
 
     def _means(self, item: Item) -> list[tuple[Piece, Tensor]]:
         """Each matrix in a tensor, with the row and column means of its second moment, one after the other."""
         matrices = [piece for piece in item.pieces if len(piece.logical.shape) == 2]
         sizes, state = [sum(piece.logical.shape) for piece in matrices], self.state[item.tensor]
         if matrices and "means" not in state:
-            state["means"] = item.gradient.new_zeros(sum(sizes))
+            state["means"] = item.tensor.new_zeros(sum(sizes))
         return list(zip(matrices, state["means"].split(sizes), strict=True)) if matrices else []
+
+    def moments(self, tensor: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece, Tensor, bool]]:
+        """The second moments of a tensor for a checkpoint: kind, piece, values, and whether all ranks hold the same.
+
+        Row and column means are vectors of their own, whole on each rank; `pieces` are those of `attach`.
+        """
+        item = Item(tensor=tensor, group={}, pieces=tuple(pieces))
+        for piece, means in self._means(item):
+            for kind, values in zip(("row_mean", "column_mean"), means.split(piece.logical.shape), strict=True):
+                logical = LogicalTensor(shape=tuple(values.shape), name=piece.logical.name)
+                whole = replace(piece, logical=logical, local_shape=logical.shape, start=0, size=values.numel())
+                yield kind, whole, values, True
+        for piece, square in self._squares(item):
+            if piece.size:
+                yield "square", piece, square, False
 
     def _window(self, piece: Piece, tensor: Tensor) -> _Window:
         if piece not in self._windows:

@@ -32,6 +32,8 @@ class Piece:
     """First element in the flattened tensor of the optimizer."""
     size: int
     """Elements. 0: the slice is held by other ranks, and this one only takes part in their collectives."""
+    copy: bool = False
+    """Whether an earlier pipeline stage holds the same tied weight, which names it and saves it."""
 
     def of(self, flat: Tensor) -> Tensor:
         """The piece's elements of a tensor laid out like the optimizer's."""

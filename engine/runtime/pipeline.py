@@ -7,7 +7,7 @@ scale, offload, step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from engine.model.build import build_loss
 from engine.model.layers import InitialWeights, LayerDef, build_stacks
 from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor
-from engine.protocols import StepResult
+from engine.protocols import EngineState, StepResult
 from engine.runtime import gradients
 from engine.runtime.channels import Channels
 from engine.runtime.compile import compile_parts, wants_compile
@@ -36,6 +36,7 @@ from engine.runtime.ds_config import clips_itself, deepspeed_config
 from engine.runtime.executor import Executor, StageModel
 from engine.runtime.offload import begin_step, make_optimizer
 from engine.runtime.shards import attach_pieces
+from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.tied import tied_copies
 from engine.topology.schedule import build as build_program
@@ -122,7 +123,7 @@ class PipelineRunner:
             config_class=DeepSpeedConfig(config, axes),
         )
         gradients.mend_norm(self._ds.optimizer, ctx)
-        attach_pieces(self._ds.optimizer)
+        attach_pieces(self._ds.optimizer, cfg.optim.name)
         for copy in self._tied:
             copy.stand_in()
         model = StageModel(
@@ -170,3 +171,11 @@ class PipelineRunner:
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.parameters`."""
         return gradients.read(self._stage.parameters(), gradients.full_parameter)
+
+    def state(self) -> EngineState:
+        """See `Engine.state`."""
+        return read_state(self._ds.optimizer, self._cfg.optim.name)
+
+    def adopt_state(self, numbers: Mapping[str, float]) -> None:
+        """See `Engine.adopt_state`."""
+        adopt_state(self._ds.optimizer, self._cfg.optim.name, numbers)

@@ -1,8 +1,8 @@
-"""The oracle: one process, plain PyTorch, no DeepSpeed. Any layout must give its losses and gradients."""
+"""The oracle: one process, plain PyTorch, no DeepSpeed in its steps. Any layout must give its losses and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from engine.model.layers import InitialWeights, LayerDef, build_stacks
 from engine.optim.groups import build_optimizer
 from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor, logical_of
-from engine.protocols import StepResult
+from engine.protocols import EngineState, StepResult
+from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds
 
 
@@ -73,6 +74,14 @@ class ReferenceEngine:
         """See `Engine.parameters`."""
         for parameter in self.model.parameters():
             yield logical_of(parameter), parameter.detach()
+
+    def state(self) -> EngineState:
+        """See `Engine.state`."""
+        return read_state(self._optimizer, self._cfg.optim.name)
+
+    def adopt_state(self, numbers: Mapping[str, float]) -> None:
+        """See `Engine.adopt_state`."""
+        adopt_state(self._optimizer, self._cfg.optim.name, numbers)
 
     def _share(self, feed: Feed) -> Tensor:
         share: Tensor = self._loss(self.model(None, feed), feed)

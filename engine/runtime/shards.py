@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from engine.config.enums import OptimizerName
 from engine.optim.pieces import LogicalOptimizer, Piece
+from engine.optim.state import Held
 from engine.parallel.logical import logical_of
 
 
-def attach_pieces(ds_optimizer: object) -> None:
+def attach_pieces(ds_optimizer: object, name: OptimizerName) -> None:
     """Tell the optimizer inside DeepSpeed's what its tensors hold, if it wants to know.
 
     To be called once, after `deepspeed.initialize`. Collective over the data-parallel group.
@@ -23,21 +27,55 @@ def attach_pieces(ds_optimizer: object) -> None:
         ds_optimizer: the `optimizer` of a `DeepSpeedEngine`.
     """
     optimizer = getattr(ds_optimizer, "optimizer", ds_optimizer)
-    if not isinstance(optimizer, LogicalOptimizer):
-        return
+    if isinstance(optimizer, LogicalOptimizer) and optimizer is not ds_optimizer:
+        optimizer.attach({held.tensor: held.pieces for held in held_tensors(ds_optimizer, name)}, sharded=True)
+
+
+def held_tensors(ds_optimizer: Any, name: OptimizerName) -> list[Held]:
+    """Every tensor that the optimizer inside DeepSpeed's steps, in the same order on the ranks that share them.
+
+    Args:
+        ds_optimizer: the `optimizer` of a `DeepSpeedEngine`: without ZeRO, the optimizer that it was given.
+        name: of `optim.name`.
+    """
+    if isinstance(ds_optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return list(_partitioned(ds_optimizer, name))
+    inner = getattr(ds_optimizer, "optimizer", ds_optimizer)
     if isinstance(ds_optimizer, DeepSpeedZeroOptimizer):
-        groups = zip(ds_optimizer.single_partition_of_fp32_groups, ds_optimizer.bit16_groups, strict=True)
-        optimizer.attach({flat: _linked(parameters) for flat, parameters in groups}, sharded=True)
+        flats, parameters = ds_optimizer.single_partition_of_fp32_groups, ds_optimizer.bit16_groups
     elif isinstance(ds_optimizer, BF16_Optimizer):
-        groups = zip(ds_optimizer.fp32_groups_flat_partition, ds_optimizer.bf16_groups, strict=True)
-        optimizer.attach({flat: _linked(parameters) for flat, parameters in groups}, sharded=True)
-    elif isinstance(ds_optimizer, DeepSpeedZeroOptimizer_Stage3):
-        groups = zip(ds_optimizer.fp32_partitioned_groups_flat, ds_optimizer.fp16_groups, strict=True)
-        optimizer.attach({flat: list(_partitions(parameters)) for flat, parameters in groups}, sharded=True)
+        flats, parameters = ds_optimizer.fp32_groups_flat_partition, ds_optimizer.bf16_groups
+    else:
+        return [
+            Held(inner, name, group, tensor, [_piece(tensor, tuple(tensor.shape), 0, 0, tensor.numel())], False)
+            for group in inner.param_groups
+            for tensor in group["params"]
+        ]
+    return [
+        Held(inner, name, group, flat, _linked(members), True)
+        for group, flat, members in zip(inner.param_groups, flats, parameters, strict=True)
+    ]
+
+
+def _partitioned(ds_optimizer: DeepSpeedZeroOptimizer_Stage3, name: OptimizerName) -> Iterator[Held]:
+    """ZeRO 3 cuts parameter groups into sub-groups, and may step some of them on the GPU when it offloads the rest."""
+    for index, flat in enumerate(ds_optimizer.fp32_partitioned_groups_flat):
+        optimizer: torch.optim.Optimizer = ds_optimizer.optimizer
+        if ds_optimizer.offload_optimizer and ds_optimizer.subgroup_to_device[index] != "cpu":
+            optimizer = ds_optimizer.backup_optimizer
+        group = optimizer.param_groups[ds_optimizer.sub_group_to_group_id[index]]
+        yield Held(optimizer, name, group, flat, list(_partitions(ds_optimizer.fp16_groups[index])), True)
 
 
 def _piece(parameter: nn.Parameter, shape: tuple[int, ...], start: int, offset: int, size: int) -> Piece:
-    return Piece(logical=logical_of(parameter), local_shape=shape, start=start, offset=offset, size=size)
+    return Piece(
+        logical=logical_of(parameter),
+        local_shape=shape,
+        start=start,
+        offset=offset,
+        size=size,
+        copy=getattr(parameter, "ds_pipe_replicated", False),
+    )
 
 
 def _linked(parameters: Sequence[nn.Parameter]) -> list[Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import deepspeed
@@ -16,13 +16,14 @@ from engine.model.build import build_loss
 from engine.model.feed import Feed
 from engine.model.layers import InitialWeights, LayerDef, build_stacks
 from engine.parallel.logical import LogicalTensor
-from engine.protocols import StepResult
+from engine.protocols import EngineState, StepResult
 from engine.runtime import gradients
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
 from engine.runtime.ds_config import clips_itself, deepspeed_config
 from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
+from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.zero3 import Partitioner
 
@@ -63,7 +64,7 @@ class ZeroRunner:
             dist_init_required=False,
         )
         gradients.mend_norm(self._ds.optimizer, ctx)
-        attach_pieces(self._ds.optimizer)
+        attach_pieces(self._ds.optimizer, cfg.optim.name)
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""
@@ -105,3 +106,11 @@ class ZeroRunner:
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.parameters`."""
         return gradients.read(self._ds.module.parameters(), gradients.full_parameter)
+
+    def state(self) -> EngineState:
+        """See `Engine.state`."""
+        return read_state(self._ds.optimizer, self._cfg.optim.name)
+
+    def adopt_state(self, numbers: Mapping[str, float]) -> None:
+        """See `Engine.adopt_state`."""
+        adopt_state(self._ds.optimizer, self._cfg.optim.name, numbers)

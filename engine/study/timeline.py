@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     _require_pipeline(cfg)
     quiet_libraries(cfg.logging.verbose)
     prepare(cfg.data, say)
-    folder = open_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
+    folder = open_run_folder(cfg.run)
     steps = trace(cfg, world)
     timelines = {"predicted": predict(program_of(cfg), steps), "measured": typical(steps)}
     (folder / "timeline.json").write_text(

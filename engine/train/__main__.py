@@ -17,7 +17,7 @@ SILENT_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 trained, 1 failed, 2 refused (the reasons are on stderr), 130 interrupted."""
+    """Exit code: 0 trained, 1 failed, 2 refused (reasons are on stderr), 75 saved and stopped, 130 interrupted."""
     try:
         cfg = load(argv)
         env = launch_env.read(os.environ)
@@ -26,16 +26,24 @@ def main(argv: list[str]) -> int:
             rules.require(cfg, env.world_size)
             host.require(cfg, env.world_size, env.local_world_size)
         from engine.train import local, session
+        from engine.train.loop import StopRequested
 
+        if session.is_finished(cfg):
+            return 0
         if env is None:
             world_size = local.world_size(cfg)
             rules.require(cfg, world_size)
             host.require(cfg, world_size, world_size)
             session.check_before_launch(cfg)
             if world_size > 1:
-                local.start_ranks(world_size, cfg, argv)
+                return local.start_ranks(world_size, cfg, argv)
             env = local.alone()
-        session.run(cfg, env)
+        try:
+            session.run(cfg, env)
+        except StopRequested as stop:
+            if is_main():
+                print(f"state saved after step {stop.step}; the same command with run.resume=true goes on", flush=True)
+            return local.STOPPED
     except HelpRequested as asked:
         print(asked)
     except EngineError as error:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.weights import save_weights
+from engine.config.derived import writes_checkpoints
 from engine.config.enums import WandbMode
+from engine.config.load import to_dict
 from engine.config.schema import Config
 from engine.data import Data
 from engine.observe.flops import mfu, peak_flops
@@ -23,23 +24,13 @@ from engine.observe.sinks import Fanout, JsonlSink, MetricSink, WandbSink
 from engine.observe.throughput import StepTimer
 from engine.plan.costs import flops_per_token
 from engine.protocols import Engine, StepResult
-from engine.train.loop import Hook, global_batch, load
+from engine.train.checkpoints import Checkpoints, Facts, Weights
+from engine.train.loop import Cursor, Hook, global_batch, load
+from engine.train.quiet import Quiet
+from engine.train.stop import StopSignal
 
 
-class _Quiet:
-    """A hook that does nothing; hooks override what they need."""
-
-    def before_training(self) -> None:
-        pass
-
-    def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
-        pass
-
-    def after_training(self, summary: dict[str, Any]) -> None:
-        pass
-
-
-class Metrics(_Quiet):
+class Metrics(Quiet):
     """Rank 0's metrics and progress. Reads the loss, which waits for the device, only every `logging.every` steps.
 
     Tokens are positions, padding included. They and the speed are said where each sample has data.seq_len of them:
@@ -96,6 +87,9 @@ class Metrics(_Quiet):
             speed |= {"mfu": causal, "mfu_full": full}
         return speed
 
+    def after_stop(self, step: int) -> None:
+        self._progress.close()
+
     def after_training(self, summary: dict[str, Any]) -> None:
         self._progress.close()
         summary["steps"] = self._cfg.train.steps
@@ -103,19 +97,22 @@ class Metrics(_Quiet):
         summary |= {f"final_{name}" if name == "loss" else name: value for name, value in self._last.items()}
 
 
-class Validation(_Quiet):
-    """Loss on held-out samples before training, every `train.eval_every` steps and at the end.
+class Validation(Quiet):
+    """Loss on held-out samples before the first step, every `train.eval_every` steps and at the end.
 
     Global batches weigh as many as their samples, inside of which each target weighs the same: where samples have
     unequal numbers of targets, this is not the mean over all targets.
     """
 
-    def __init__(self, engine: Engine, data: Data, cfg: Config, sink: MetricSink, metrics: Metrics | None) -> None:
+    def __init__(
+        self, engine: Engine, data: Data, cfg: Config, sink: MetricSink, metrics: Metrics | None, start: int
+    ) -> None:
         self._engine, self._data, self._cfg, self._sink, self._metrics = engine, data, cfg, sink, metrics
+        self._start = start
         self._losses: list[float] = []
 
     def before_training(self) -> None:
-        self._evaluate(0)
+        self._evaluate(self._start)
 
     def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         every = self._cfg.train.eval_every
@@ -147,7 +144,7 @@ class Validation(_Quiet):
         summary |= {"first_val_loss": self._losses[0], "final_val_loss": self._losses[-1]}
 
 
-class Profile(_Quiet):
+class Profile(Quiet):
     """torch.profiler over `profile.steps` steps of rank 0: a trace for chrome://tracing and a table of operators."""
 
     def __init__(self, cfg: Config, folder: Path) -> None:
@@ -180,17 +177,7 @@ class Profile(_Quiet):
             (self._folder / "operators.txt").write_text(table)
 
 
-class Weights(_Quiet):
-    """The final weights as logical tensors."""
-
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self._engine, self._folder = engine, folder
-
-    def after_training(self, summary: dict[str, Any]) -> None:
-        save_weights(self._engine, self._folder)
-
-
-class Results(_Quiet):
+class Results(Quiet):
     """Closes the sinks, draws the losses and writes `summary.json`. Rank 0."""
 
     def __init__(self, cfg: Config, folder: Path, sink: MetricSink) -> None:
@@ -203,25 +190,33 @@ class Results(_Quiet):
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         say(f"results in {self._folder}/")
 
+    def after_stop(self, step: int) -> None:
+        self._sink.close()
 
-def standard_hooks(engine: Engine, data: Data, cfg: Config, folder: Path, config: dict[str, Any]) -> list[Hook]:
+
+def standard_hooks(
+    engine: Engine, data: Data, cfg: Config, folder: Path, start: Cursor, stop: StopSignal
+) -> list[Hook]:
     """The hooks of a training run, the same list on every rank but for those that only rank 0 needs."""
     main = engine.ctx.is_main
+    facts = Facts(engine, cfg, data.fingerprint, start)
     sink = Fanout([])
     if main:
-        sinks: list[MetricSink] = [JsonlSink(folder / METRICS_FILE)]
+        sinks: list[MetricSink] = [JsonlSink(folder / METRICS_FILE), facts]
         if cfg.logging.wandb is not WandbMode.disabled:
-            sinks.append(WandbSink(cfg.logging.wandb_project, cfg.run.name, folder, cfg.logging.wandb, config))
+            sinks.append(WandbSink(cfg.logging.wandb_project, cfg.run.name, folder, cfg.logging.wandb, to_dict(cfg)))
         sink = Fanout(sinks)
     tokens = global_batch(cfg, engine.ctx) * cfg.data.seq_len
     metrics = Metrics(cfg, engine.ctx.grid.world_size, sink, tokens, engine.ctx.device) if main else None
     hooks: list[Hook] = [metrics] if metrics is not None else []
     if cfg.train.eval_batches and data.valid is not None:
-        hooks.append(Validation(engine, data, cfg, sink, metrics))
+        hooks.append(Validation(engine, data, cfg, sink, metrics, start.step))
     if main and cfg.profile.steps:
         hooks.append(Profile(cfg, folder / "profile"))
+    if writes_checkpoints(cfg):
+        hooks.append(Checkpoints(engine, cfg, folder, facts, stop))
     if cfg.checkpoint.save_final:
-        hooks.append(Weights(engine, folder / "weights"))
+        hooks.append(Weights(engine, cfg, folder, facts))
     if main:
         hooks.append(Results(cfg, folder, sink))
     return hooks

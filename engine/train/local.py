@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FrameType
 
 import torch
 
@@ -12,6 +20,15 @@ from engine.config.launch_env import LaunchEnv
 from engine.config.schema import Config
 from engine.dist.init import cpu_threads, resolve_device_type
 from engine.errors import LaunchError
+
+STOPPED = 75
+"""Exit code of a run that has saved its state and stopped: EX_TEMPFAIL of sysexits.h, start it again."""
+GRACE_S = 10.0
+"""Seconds that the other ranks have to end on their own when one has failed."""
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 def world_size(cfg: Config) -> int:
@@ -36,26 +53,88 @@ def world_size(cfg: Config) -> int:
     return wanted
 
 
-def start_ranks(count: int, cfg: Config, argv: list[str]) -> None:
-    """Become torchrun with `count` local ranks of the same command: it forwards signals and ends with its ranks."""
+def start_ranks(count: int, cfg: Config, argv: list[str]) -> int:
+    """Run `count` local ranks of the same command to their end; the exit code of the job.
+
+    The first rank that fails ends the others. SIGTERM and SIGUSR1 reach every rank, which saves and stops; when this
+    process dies in whatever way, the kernel sends them SIGTERM.
+    """
     local = count if resolve_device_type(cfg.train.device) == "cpu" else 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads(cfg.train.cpu_threads, local)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "engine.train"]
+    port, common = _free_port(), dict(os.environ)
+    common.setdefault("OMP_NUM_THREADS", str(cpu_threads(cfg.train.cpu_threads, local)))
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting} for rank in range(count)]
+    return supervise([sys.executable, "-m", "engine.train", *argv], [common | place for place in places])
+
+
+def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    """Run `words` once in each of the environments, to their end, as `start_ranks` does; the exit code of all.
+
+    0 when all end well, 75 when some have saved and stopped, else that of the first that fails, or 128 and its signal.
+    """
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, *argv])
+    ranks = [subprocess.Popen(words, env=env, preexec_fn=_die_with(os.getpid())) for env in environments]
+    before = {number: signal.signal(number, partial(_forward, ranks)) for number in (*FORWARDED, signal.SIGINT)}
+    try:
+        return _watch(ranks)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a rank does first: ask the kernel for SIGTERM when `parent` dies."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # It died before it could be watched.
+            os._exit(1)
+
+    return ask
+
+
+def _forward(ranks: Sequence[subprocess.Popen[bytes]], number: int, frame: FrameType | None) -> None:
+    # The terminal sends Ctrl-C to the ranks itself.
+    for rank in ranks if number != signal.SIGINT else ():
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
+def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have ended; one that fails gives the others `GRACE_S` seconds, and then they are killed."""
+    deadline, code = math.inf, 0
+    while True:
+        running = [rank for rank in ranks if rank.poll() is None]
+        ended = [rank.returncode for rank in ranks if rank.returncode is not None]
+        failed = [ending for ending in ended if ending not in (0, STOPPED)]
+        if failed and not code:
+            code = failed[0] if failed[0] > 0 else 128 - failed[0]
+            deadline = time.monotonic() + GRACE_S
+        if not running:
+            return code or max(ended)
+        if time.monotonic() > deadline:
+            for rank in running:
+                rank.kill()
+        time.sleep(_POLL_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def alone() -> LaunchEnv:
     """The place of a single rank that no launcher started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return LaunchEnv(
         rank=0,
         world_size=1,
         local_rank=0,
         local_world_size=1,
         master_addr="127.0.0.1",
-        master_port=port,
+        master_port=_free_port(),
         launcher="none",
     )

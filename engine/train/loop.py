@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import Any, Protocol
 
 from engine.config.derived import sequence_multiple
@@ -11,9 +13,32 @@ from engine.config.schema import Config
 from engine.data import Data, Split
 from engine.data.loader import Loader
 from engine.dist.context import ParallelContext
+from engine.errors import EngineError
 from engine.optim.schedule import learning_rate
 from engine.plan.stages import chunk_owners, chunks
 from engine.protocols import Engine, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far a run has come; the place in the data does not depend on the layout."""
+
+    step: int = 0
+    """Steps done."""
+    samples: int = 0
+    """Samples that all replicas together have read in them."""
+
+    def after(self, step: int, size: int) -> Cursor:
+        """The cursor after step number `step`, when the steps since this one read `size` samples each."""
+        return Cursor(step, self.samples + (step - self.step) * size)
+
+
+class StopRequested(Exception):
+    """Training ends early, after step `step`, on every rank."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
 
 
 class Hook(Protocol):
@@ -28,36 +53,51 @@ class Hook(Protocol):
     def after_training(self, summary: dict[str, Any]) -> None:
         """After the last step; may add to the summary."""
 
+    def after_stop(self, step: int) -> None:
+        """In place of `after_training`, when training ends early, after step `step`, to be resumed."""
+
 
 def fit(
     engine: Engine,
     data: Data,
     cfg: Config,
     hooks: Sequence[Hook],
-    *,
-    first_step: int = 0,
-    first_sample: int = 0,
+    start: Cursor = Cursor(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Train up to step `cfg.train.steps` and return the summary that the hooks filled.
+    """Train from `start` up to step `cfg.train.steps` and return the summary that the hooks filled.
 
-    Args:
-        first_step: steps done before.
-        first_sample: samples that all replicas together have read in them, in whatever layout.
+    Raises:
+        StopRequested: a hook has ended the training early.
     """
-    size, steps = global_batch(cfg, engine.ctx), range(first_step, cfg.train.steps)
-    firsts = range(first_sample, first_sample + size * len(steps), size)
+    size, steps = global_batch(cfg, engine.ctx), range(start.step, cfg.train.steps)
+    firsts = range(start.samples, start.samples + size * len(steps), size)
     with load(data.train, firsts, cfg, engine.ctx) as loader:
         for hook in hooks:
             hook.before_training()
         for step, batches in zip(steps, loader, strict=True):
             lr = learning_rate(cfg.optim, step, cfg.train.steps)
             result = engine.train_step(batches, lr)
-            for hook in hooks:
-                hook.after_step(step + 1, result, lr, loader.wait_s)
+            try:
+                for hook in hooks:
+                    hook.after_step(step + 1, result, lr, loader.wait_s)
+            except StopRequested as stop:
+                _end(hooks, methodcaller("after_stop", stop.step))
+                raise
     summary: dict[str, Any] = {}
-    for hook in hooks:
-        hook.after_training(summary)
+    _end(hooks, methodcaller("after_training", summary))
     return summary
+
+
+def _end(hooks: Sequence[Hook], end: Callable[[Hook], None]) -> None:
+    """`end` of every hook. What one cannot write must not cost what the others have."""
+    refused: list[EngineError] = []
+    for hook in hooks:
+        try:
+            end(hook)
+        except EngineError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 def global_batch(cfg: Config, ctx: ParallelContext) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine import runtime
-from engine.checkpoint.initial import initial_weights
-from engine.config.derived import head_dim
+from engine.checkpoint.initial import WEIGHTS, initial_weights
+from engine.checkpoint.manifest import is_complete
+from engine.checkpoint.reader import Reader
+from engine.checkpoint.restore import load as load_state
+from engine.checkpoint.restore import open_first, open_verified
+from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder
+from engine.config.derived import head_dim, writes_checkpoints
 from engine.config.launch_env import LaunchEnv
-from engine.config.load import config_hash, resolved_yaml, to_dict
+from engine.config.load import config_hash, resolved_yaml
 from engine.config.schema import Config
 from engine.data import Data, open_data
 from engine.data import prepare as prepare_data
@@ -24,16 +30,21 @@ from engine.model.build import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
-from engine.observe.folder import open_run_folder, usable_run_folder
+from engine.observe.folder import METRICS_FILE, open_run_folder, usable_run_folder
+from engine.parallel.logical import LogicalTensor
 from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime import extensions
 from engine.topology.grid import Grid
+from engine.train.checkpoints import beginnings, changed_options, fetch_missing, require_fitting, rewind, shapes_of
 from engine.train.describe import describe
 from engine.train.hooks import standard_hooks
-from engine.train.loop import fit
+from engine.train.loop import Cursor, fit
+from engine.train.stop import StopSignal
 from engine_kernels import ops  # noqa: F401  (registers the implementations)
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
+
+T = TypeVar("T")
 
 
 def check_before_launch(cfg: Config) -> None:
@@ -43,26 +54,41 @@ def check_before_launch(cfg: Config) -> None:
         EngineError: see `prepare` and `usable_run_folder`.
     """
     prepare(cfg, torch.device(init.resolve_device_type(cfg.train.device)))
-    usable_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
+    usable_run_folder(cfg.run)
+
+
+def is_finished(cfg: Config) -> bool:
+    """Whether the run that is to be resumed has nothing left to do; says so."""
+    run = Path(cfg.run.dir) / cfg.run.name
+    done = cfg.run.resume and step_folder(run, cfg.train.steps) in complete_steps(run / CHECKPOINTS)
+    if done and (not cfg.checkpoint.save_final or is_complete(run / WEIGHTS)):
+        log.say(f"{run} has all its {cfg.train.steps} steps already: nothing to do")
+        return True
+    return False
 
 
 def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
-    """Look at kernels and initial weights, and build tokenizer and token files if they are not there yet.
+    """Look at kernels, initial weights and the state to go on from; build tokenizer and token files if need be.
 
     Needs no other rank: builders lock each other out. With `verify`, what was built before is read whole.
 
     Raises:
         ConfigError: see `choose_attention` and `extensions.require`.
-        CheckpointError: see `initial_weights`.
+        CheckpointError: see `initial_weights`, `beginnings` and `require_fitting`.
         DataError: the corpus is missing, damaged or too small.
     """
     extensions.require(cfg)
     attention = choose_attention(cfg, device)
+    layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
+    tensors = logical_tensors(layers)
     if cfg.checkpoint.initial_weights is not None:
-        layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
-        initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
+        initial_weights(cfg.checkpoint.initial_weights, cfg.model, tensors, verify=verify)
     prepare_data(cfg.data, log.say, verify=verify)
-    return open_data(cfg.data, cfg.model)
+    data = open_data(cfg.data, cfg.model)
+    paths, option = beginnings(cfg)
+    if paths:
+        require_fitting(open_first(paths, log.say, option), cfg, data.fingerprint, shapes_of(tensors), option)
+    return data
 
 
 def choose_attention(cfg: Config, device: torch.device) -> Choice:
@@ -86,40 +112,60 @@ def choose_attention(cfg: Config, device: torch.device) -> Choice:
         ) from error
 
 
-def build_engine(cfg: Config, ctx: ParallelContext) -> Engine:
-    """The engine of this rank, with what it is made of printed by rank 0. Collective."""
+def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> Engine:
+    """The engine of this rank, with what it is made of printed by rank 0. Collective.
+
+    Args:
+        empty: weights are zero, to be loaded.
+    """
     attention = choose_attention(cfg, ctx.device)
     layers = build_layers(cfg, ctx, attention.impl.fn)
     bounds = stage_bounds(cfg)
     for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
         log.say(line)
-    initial = random_weights(cfg.train.seed)
+    initial = _zeros if empty else random_weights(cfg.train.seed)
     if cfg.checkpoint.initial_weights is not None:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     return runtime.build(layers, bounds, initial, cfg, ctx)
 
 
-def open_folder(cfg: Config) -> Path:
-    """Rank 0 makes the run folder; every rank learns of a refusal.
+def _zeros(logical: LogicalTensor) -> torch.Tensor:
+    return torch.zeros(()).expand(logical.shape)
+
+
+def open_folder(cfg: Config, start: Cursor) -> Path:
+    """Rank 0 makes the run folder, or takes up the one of a run that goes on; every rank learns of a refusal.
 
     Raises:
         CheckpointError: see `open_run_folder`.
     """
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            folder = open_run_folder(cfg.run.dir, cfg.run.name, cfg.run.overwrite)
-            (folder / "config.yaml").write_text(resolved_yaml(cfg))
-            (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
-        except CheckpointError as error:
-            outcome[0] = error.violations
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+
+    def make() -> None:
+        folder = open_run_folder(cfg.run)
+        rewind(folder / METRICS_FILE, start.step)
+        (folder / "config.yaml").write_text(resolved_yaml(cfg))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+    _on_main(make)
     folder = Path(cfg.run.dir) / cfg.run.name
-    if cfg.checkpoint.save_final:
+    if cfg.checkpoint.save_final or cfg.checkpoint.every:
         _require_shared(folder)
     return folder
+
+
+def _on_main(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank. Collective. Raises CheckpointError everywhere when it does."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except CheckpointError as error:
+            outcome[1] = error.violations
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    found: T = outcome[0]
+    return found
 
 
 def _require_shared(folder: Path) -> None:
@@ -132,13 +178,38 @@ def _require_shared(folder: Path) -> None:
             603,
             "run.dir",
             folder.parent,
-            f"ranks {blind} do not see {folder}, which rank 0 made, and every stage writes its weights there",
-            "Point run.dir to a folder that all hosts share, or use checkpoint.save_final=false",
+            f"ranks {blind} do not see {folder}, which rank 0 made, and every rank writes its part of the state there",
+            "Point run.dir to a folder that all hosts share, or use checkpoint.save_final=false checkpoint.every=0",
         )
 
 
+def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None, Cursor, str]:
+    """The checkpoint to go on from, all of it checked, and where it stands; None: a new run. Collective.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, or it does not fit; see `open_verified` and `require_fitting`.
+    """
+
+    def look() -> tuple[list[Path], str]:
+        fetch_missing(cfg)
+        return beginnings(cfg)
+
+    paths, option = _on_main(look)
+    if not paths:
+        return None, Cursor(), option
+    reader = open_verified(paths, log.say, option)
+    layers = build_layers(cfg, ParallelContext.single(), choose_attention(cfg, device).impl.fn)
+    require_fitting(reader, cfg, data.fingerprint, shapes_of(logical_tensors(layers)), option)
+    facts = reader.manifest.facts
+    return reader, Cursor(int(facts["step"]), int(facts["samples"])), option
+
+
 def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
-    """Train as this rank of the job; returns the summary that rank 0 writes to `summary.json`."""
+    """Train as this rank of the job; returns the summary that rank 0 writes to `summary.json`.
+
+    Raises:
+        StopRequested: SIGTERM or SIGUSR1 came; the state is saved.
+    """
     log.configure(env.rank)
     log.quiet_libraries(cfg.logging.verbose)
     device = init.local_device(init.resolve_device_type(cfg.train.device), env.local_rank)
@@ -148,12 +219,21 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     data = prepare(cfg, device, verify=env.local_rank == 0)
     init.init_process_group(env, device, cfg.train.timeout_s)
     init.require_equal_config(config_hash(cfg), data.fingerprint)
-    folder = open_folder(cfg)
+    reader, start, option = go_on(cfg, data, device)
+    folder = open_folder(cfg, start)
     ctx = ParallelContext.create(grid, device)
-    engine = build_engine(cfg, ctx)
+    engine = build_engine(cfg, ctx, empty=reader is not None)
+    if reader is not None:
+        count = load_state(engine, reader, option)
+        log.say(f"going on from {reader.folder}: step {start.step}, sample {start.samples}, {count} tensors")
+        for line in changed_options(reader, cfg):
+            log.say(line)
     for note in data.notes:
         log.say(note)
-    hooks = standard_hooks(engine, data, cfg, folder, to_dict(cfg))
-    summary = fit(engine, data, cfg, hooks)
+    stop = StopSignal()
+    if writes_checkpoints(cfg):
+        stop.install()
+    summary = fit(engine, data, cfg, standard_hooks(engine, data, cfg, folder, start, stop), start)
+    stop.restore()
     init.shutdown()
     return summary

@@ -18,10 +18,14 @@ from tests.helpers.repo import ROOT, files, name
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = "train.steps=3 train.eval_batches=1 data.max_bytes=300000 data.valid_fraction=0.3 data.vocab_size=400"
+SMALL = "train.eval_batches=1 data.max_bytes=300000 data.valid_fraction=0.3 data.vocab_size=400"
+TINY = f"train.steps=3 {SMALL}"
 DATA = "max_bytes=300000 valid_fraction=0.3 vocab_size=400"
 FOUR_RANKS = ("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU", "step N: validation loss N")
 RUN_FILES = ("metrics.jsonl", "loss.png", "summary.json", "weights", "config.yaml", "environment.json")
+
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class Plan:
     """Lines of stdout, numbers as N (see `plain`)."""
     run: str = ""
     """Name of the run whose results must be complete."""
+    steps: int = 3
+    """Its steps; with more than the usual ones it leaves checkpoints too."""
+    code: int = 0
+    """Exit code."""
 
 
 PARITY = (
@@ -79,13 +87,30 @@ COMMANDS = {
     "python -m engine.data split data=text source=texts": Plan(
         DATA, says=("exact copies (same tokens) among N documents",)
     ),
-    "python -m engine.train data=text data.source=texts data.seq_len=64 run.name=mine": Plan(
-        f"{TINY} train.device=cpu", says=("step N: validation loss N",), run="mine"
+    "python -m engine.train data=text data.source=texts data.seq_len=64 run.name=mine train.steps=60 "
+    "checkpoint.every=20": Plan(
+        f"{SMALL} train.device=cpu",
+        says=("step N: validation loss N", "step N: checkpoint in runs/mine/checkpoints/step-N/"),
+        run="mine",
+        steps=60,
+    ),
+    "python -m engine.train data=text data.source=texts data.seq_len=64 run.name=mine train.steps=80 "
+    "checkpoint.every=20 run.resume=true parallel=pp2 train.device=cpu": Plan(
+        SMALL,
+        says=("going on from runs/mine/checkpoints/step-N: step N, sample N, N tensors", "results in runs/mine/"),
+        run="mine",
+        steps=80,
     ),
     "python -m engine.train parallel=tp2 train.device=cpu data.seq_len=64 "
-    "checkpoint.initial_weights=runs/mine/weights run.name=more": Plan(
+    "checkpoint.initial_weights=runs/mine run.name=more": Plan(
         TINY, says=("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU",), run="more"
     ),
+    "python -m engine.checkpoint inspect runs/mine": Plan(says=("N tensors, N bytes in N files",)),
+    "python -m engine.checkpoint verify runs/mine": Plan(
+        says=("runs/mine/weights: N bytes are as they were written, N s",)
+    ),
+    "python -m engine.checkpoint diff runs/mine/checkpoints/step-00000060 "
+    "runs/mine/checkpoints/step-00000080 --limit 5": Plan(says=("N tensors are equal, N differ",), code=1),
     "python -m engine.checkpoint export runs/mine mine_hf --dtype bf16": Plan(says=("model.safetensors: N tensors",)),
     "python -m engine.checkpoint inspect mine_hf": Plan(says=("N tensors, N bytes",)),
     "python -m engine.plan --world 8 experiment=first_light": Plan(
@@ -125,19 +150,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(words: str, folder: Path) -> Done:
+def run(words: str, folder: Path, code: int = 0) -> Done:
     done = run_command(words, folder, 200, env=clean_env({"XDG_CACHE_HOME": str(folder / "cache")}))
-    assert done.exit_code == 0, f"{words}\n{done}"
+    assert done.exit_code == code, f"{words}\n{done}"
     return done
 
 
-def require_results(folder: Path, run_name: str) -> None:
+def require_results(folder: Path, run_name: str, count: int = 3) -> None:
     """Everything that the page says about a run folder is in it."""
     found = folder / "runs" / run_name
     assert [entry for entry in RUN_FILES if not (found / entry).exists()] == []
     rows = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    assert len(steps) == 3
+    assert [row["step"] for row in steps] == list(range(1, count + 1))
+    assert (found / CHECKPOINTS).exists() == (count > 3)
     assert {"loss", "grad_norm", "lr", "tokens_per_s"} <= set(steps[0])
     assert any("val_loss" in row for row in rows)
     assert {"final_loss", "first_val_loss", "final_val_loss"} <= set(json.loads((found / "summary.json").read_text()))
@@ -155,7 +181,7 @@ def test_no_command_hides_in_another_fence() -> None:
 def test_results_are_described_completely() -> None:
     section = README.split("## Where the results are")[1].split("\n## ")[0]
     described = re.findall(r"`([a-z]+(?:\.\w+)?/?)`", "".join(re.findall(r"^\| (.*?) \|", section, re.MULTILINE)))
-    assert sorted(entry.rstrip("/") for entry in described) == sorted(RUN_FILES)
+    assert sorted(entry.rstrip("/") for entry in described) == sorted((*RUN_FILES, CHECKPOINTS))
 
 
 def test_files_to_read_first_exist() -> None:
@@ -172,10 +198,10 @@ def test_command(command: str, folder: Path) -> None:
     words = f"{command} {plan.extra}"
     if plan.before[0]:
         words = words.replace(plan.before[0], f"{plan.before[0]} {plan.before[1].format(port=free_port())}", 1)
-    said = [plain(line) for line in run(words, folder).stdout.splitlines()]
+    said = [plain(line) for line in run(words, folder, plan.code).stdout.splitlines()]
     assert [line for line in plan.says if line not in said] == [], "\n".join(said)
     if plan.run:
-        require_results(folder, plan.run)
+        require_results(folder, plan.run, plan.steps)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.command import Done, clean_env, run_command
 
 pytestmark = pytest.mark.ranks
@@ -27,13 +28,12 @@ def folder(tmp_path: Path) -> Path:
     for name, text in (("texts/a.txt", TEXT * 50), ("blank/a.txt", ""), ("short/a.txt", "ab"), ("none/a.bin", "x")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    weights = tmp_path / "other" / "weights"
-    weights.mkdir(parents=True)
-    index = {"metadata": {}, "weight_map": {"conv.weight": "weights-00001-of-00001.safetensors"}}
-    (weights / "weights.safetensors.index.json").write_text(json.dumps(index))
+    other = {"weight": {"conv.weight": torch.zeros(2)}}
+    write_checkpoint(tmp_path / "other" / "weights", other)
+    write_checkpoint(tmp_path / "other" / "checkpoints" / "step-00000001", {**other, "exp_avg": other["weight"]})
     run = tmp_path / "runs" / "kept"
     (run / "weights").mkdir(parents=True)
-    for name in ("metrics.jsonl", "summary.json", "weights/weights.safetensors.index.json"):
+    for name in ("metrics.jsonl", "summary.json", "weights/manifest.json"):
         (run / name).write_text("{}\n")
     return tmp_path
 
@@ -92,15 +92,27 @@ def test_data_shorter_than_one_sample(refuse: Callable[[str], Done]) -> None:
 
 def test_weights_of_another_model(refuse: Callable[[str], Done]) -> None:
     done = refuse(f"data.source=texts checkpoint.initial_weights=other/weights {OVERWRITE}")
-    words = ("checkpoint.initial_weights=other/weights", "belongs to another model", "conv.weight", "Use the model=")
-    require_one_message(done, "CheckpointError", 612, *words)
+    words = ("checkpoint.initial_weights=other/weights", "belongs to another model", "conv.weight", "Use the model")
+    require_one_message(done, "CheckpointError", 638, *words)
     assert done.stdout == ""
 
 
 def test_folder_that_holds_no_weights(refuse: Callable[[str], Done]) -> None:
     done = refuse(f"data.source=texts checkpoint.initial_weights=texts {OVERWRITE}")
-    words = ("checkpoint.initial_weights=texts", "cannot be read as an index", "Name the `weights` folder")
+    words = ("checkpoint.initial_weights=texts", "neither weights of Octant nor of transformers", "Name a run such as")
     require_one_message(done, "CheckpointError", 611, *words)
+
+
+def test_state_of_another_model(refuse: Callable[[str], Done]) -> None:
+    done = refuse(f"data.source=texts checkpoint.load=other {OVERWRITE}")
+    words = ("checkpoint.load=other/checkpoints/step-00000001", "belongs to another model", "conv.weight")
+    require_one_message(done, "CheckpointError", 638, *words)
+
+
+def test_state_that_is_not_there(refuse: Callable[[str], Done]) -> None:
+    done = refuse(f"data.source=texts checkpoint.load=nowhere {OVERWRITE}")
+    words = ("checkpoint.load=nowhere", "it holds no finished checkpoint", "Name the folder of a run")
+    require_one_message(done, "CheckpointError", 631, *words)
 
 
 def test_kernel_that_cannot_run_here(refuse: Callable[[str], Done]) -> None:
@@ -111,4 +123,6 @@ def test_kernel_that_cannot_run_here(refuse: Callable[[str], Done]) -> None:
 
 def test_results_of_an_earlier_run(refuse: Callable[[str], Done]) -> None:
     done = refuse("data.source=texts")
-    require_one_message(done, "CheckpointError", 601, "run.name=kept", "already holds", "run.name=kept-2", OVERWRITE)
+    require_one_message(
+        done, "CheckpointError", 601, "run.name=kept", "already holds", "run.name=kept-2", "run.resume=true", OVERWRITE
+    )

@@ -14,10 +14,9 @@ from torch import nn
 from engine import runtime
 from engine.checkpoint.export import export
 from engine.checkpoint.initial import initial_weights
-from engine.checkpoint.weights import save_weights
+from engine.checkpoint.save import Saver
 from engine.config import Config, ModelConfig
-from engine.config.enums import DType, SentenceHead
-from engine.config.load import resolved_yaml
+from engine.config.enums import Activation, DType, SentenceHead
 from engine.dist.context import ParallelContext
 from engine.model.build import build_layers
 from engine.model.hf_config import architecture
@@ -25,8 +24,9 @@ from engine.model.layers import logical_tensors
 from engine.plan.stages import stage_bounds
 from engine.topology.grid import Grid
 from engine_kernels.ops import sdpa_attention
+from tests.helpers.checkpoints import facts_of
 from tests.helpers.hf_models import empty_model
-from tests.helpers.models import BERT, GPT2, LLAMA, config_of, tokens_of
+from tests.helpers.models import BERT, GPT2, LLAMA, NEOX, QWEN2, config_of, tokens_of
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -39,6 +39,11 @@ CASES = {
     "llama-tied": replace(LLAMA, tied_head=True, num_kv_heads=4, head_dim=12),
     "llama-biases": replace(LLAMA, bias=True),
     "mistral": LLAMA,
+    "neox": NEOX,
+    "neox-tied": replace(NEOX, tied_head=True, rotary_fraction=0.25, activation=Activation.gelu_tanh),
+    "neox-serial": replace(NEOX, parallel_residual=False, rotary_fraction=1.0),
+    "qwen2": QWEN2,
+    "qwen2-tied": replace(QWEN2, tied_head=True, num_kv_heads=4, head_dim=12),
     "bert": BERT,
     "bert-untied": replace(BERT, tied_head=False),
     "bert-masked": replace(BERT, sentence_head=SentenceHead.none),
@@ -70,7 +75,9 @@ def rank_of(folder: str) -> None:
         layers = build_layers(config, ctx, sdpa_attention)
         initial = initial_weights(str(root / "theirs"), cfg, logical_tensors(layers))
         engine = runtime.build(layers, stage_bounds(config), initial, config, ctx)
-        save_weights(engine, root / "run" / "weights")
+        saver = Saver(engine, asynchronous=False, weights_only=True)
+        saver.save(root / "run" / "weights", facts_of(config))
+        saver.close()
 
 
 def theirs(name: str, folder: Path) -> nn.Module:
@@ -99,8 +106,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, nn.M
     root = tmp_path_factory.mktemp("hugging-face")
     models = {name: theirs(name, root / name / "theirs") for name in CASES}
     run_ranks(rank_of, WORLD, (str(root),), timeout_s=150)
-    for name, cfg in CASES.items():
-        (root / name / "run" / "config.yaml").write_text(resolved_yaml(configure(cfg)))
     return root, models
 
 

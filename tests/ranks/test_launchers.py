@@ -113,10 +113,11 @@ def test_sigterm_ends_every_rank(folder: Path, env: dict[str, str]) -> None:
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert len(ranks) >= RANKS
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=60)
         _, alive = psutil.wait_procs(ranks, timeout=30)
         assert alive == []
-        assert process.returncode != 0
+        assert process.returncode == 75
+        assert "run.resume=true goes on" in said
     finally:
         kill_group(process)
 

@@ -101,7 +101,7 @@ def trained(layout: Layout, names: list[OptimizerName]) -> dict[OptimizerName, d
             dist_init_required=False,
         )
         mend_norm(engine.optimizer, ctx)
-        attach_pieces(engine.optimizer)
+        attach_pieces(engine.optimizer, name)
         for step in range(STEPS):
             set_learning_rate(engine.optimizer, RATES[name] / (step + 1))
             engine.backward(engine(torch.tensor(share)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.checkpoint.gather import gather_to_main
-from engine.checkpoint.weights import INDEX, save_weights, weights_reader
+from engine.checkpoint.initial import initial_weights
+from engine.checkpoint.reader import Reader
+from engine.checkpoint.save import Saver
 from engine.config.derived import sequence_multiple
 from engine.config.load import load
 from engine.config.schema import Config
@@ -27,6 +27,7 @@ from engine.model.loss import NextTokenLoss
 from engine.protocols import Engine
 from engine.topology.grid import Grid
 from engine.train.session import build_engine
+from tests.helpers.checkpoints import facts_of
 from tests.helpers.models import layers_of
 from tests.helpers.ranks import run_ranks
 
@@ -114,44 +115,44 @@ def test_a_step_that_is_not_finite_changes_nothing(layout: str, zero: str) -> No
     assert stayed
 
 
-def saved(words: tuple[str, ...], world: int, folder: str) -> None:
+def saved(words: tuple[str, ...], world: int, folder: str) -> str:
+    """Write the weights; what was refused."""
     engine, _ = start(config(*words), world)
-    save_weights(engine, Path(folder))
-
-
-def refused(words: tuple[str, ...], world: int, folder: str) -> str:
-    engine, _ = start(config(*words), world)
+    saver = Saver(engine, asynchronous=False, weights_only=True)
     try:
-        save_weights(engine, Path(folder))
+        saver.save(Path(folder), facts_of())
+        saver.close()
     except CheckpointError as error:
         return str(error)
-    return "written"
+    return ""
 
 
 @pytest.mark.parametrize(
-    ("layout", "shards"),
-    [(("parallel.pp=2", "parallel.tp=2", "zero=z1"), 2), (("parallel.dp=2", "parallel.context=2", "zero=z3"), 1)],
+    "layout",
+    [
+        ("parallel.pp=2", "parallel.tp=2", "zero=z1"),
+        ("parallel.dp=2", "parallel.context=2", "zero=z3"),
+        ("parallel.dp=2", "parallel.tp=2", "zero=z0"),
+    ],
 )
-def test_weights_are_the_logical_tensors_whatever_the_layout(
-    layout: tuple[str, ...], shards: int, tmp_path: Path
-) -> None:
-    run_ranks(saved, 4, (layout, 4, str(tmp_path / "weights")), timeout_s=120)
-    index = json.loads((tmp_path / "weights" / INDEX).read_text())
-    assert len(set(index["weight_map"].values())) == shards
-    assert not (tmp_path / "weights.partial").exists()
+def test_weights_are_the_logical_tensors_whatever_the_layout(layout: tuple[str, ...], tmp_path: Path) -> None:
+    assert run_ranks(saved, 4, (layout, 4, str(tmp_path / "weights")), timeout_s=120) == [""] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
     cfg = config()
     wanted = logical_tensors(layers_of(cfg.model))
-    assert index["metadata"]["total_size"] == sum(4 * prod(logical.shape) for logical in wanted.values())
-    draw, read = random_weights(cfg.train.seed), weights_reader(str(tmp_path / "weights"), wanted)
+    manifest = Reader(tmp_path / "weights").manifest
+    assert len(manifest.files) == 4, "every rank writes a part"
+    elements = sum(prod(logical.shape) for logical in wanted.values())
+    assert manifest.size - sum(file.header for file in manifest.files) == 4 * elements, "nothing is written twice"
+    draw = random_weights(cfg.train.seed)
+    read = initial_weights(str(tmp_path / "weights"), cfg.model, wanted, verify=True)
     for logical in wanted.values():
         assert torch.equal(read(logical), draw(logical)), logical.name
-    assert sum(len(load_file(path)) for path in (tmp_path / "weights").glob("*.safetensors")) == len(wanted)
 
 
 def test_weights_that_cannot_be_written_are_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    for said in run_ranks(refused, 2, (("parallel=pp2",), 2, str(tmp_path / "file" / "weights"))):
-        assert "[OCT615] run.dir=" in said
-        assert "rank 0: " in said
-        assert "rank 1: " in said
-        assert "Free space, or point run.dir to a folder that all hosts share" in said
+    for said in run_ranks(saved, 2, (("parallel=pp2",), 2, str(tmp_path / "file" / "weights"))):
+        assert "[OCT636] run.dir=" in said
+        assert "it could not be written (rank 0: " in said
+        assert "Free space, or point run.dir to a disk with more, that all hosts share" in said

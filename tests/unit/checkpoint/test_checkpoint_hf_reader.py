@@ -18,7 +18,7 @@ from engine.config.enums import SentenceHead
 from engine.errors import CheckpointError, Violation
 from engine.model.layers import logical_tensors
 from tests.helpers.hf_models import empty_model
-from tests.helpers.models import BERT, GPT2, LLAMA, config_of, layers_of
+from tests.helpers.models import BERT, GPT2, LLAMA, NEOX, QWEN2, config_of, layers_of
 
 pytest.importorskip("transformers")
 
@@ -98,6 +98,39 @@ def test_other_options_are_listed_ready_to_paste(folder: Path) -> None:
     }
     assert {violation.code for violation in found} == {619}
     assert "model.tied_head=true" in refused(folder, replace(GPT2, tied_head=False))[0].way_out
+
+
+def test_what_residuals_angles_and_biases_are_is_compared(tmp_path: Path) -> None:
+    neox = written(tmp_path / "neox", NEOX)
+    found = refused(neox, replace(NEOX, parallel_residual=False, rotary_fraction=0.25))
+    assert found[0].rule == f"{neox / 'config.json'} says true"
+    together = found[-1].way_out.split("All together: ")[1]
+    assert together.split() == ["model.parallel_residual=true", "model.rotary_fraction=0.5"]
+    [found] = refused(written(tmp_path / "qwen2", QWEN2), replace(QWEN2, qkv_bias=None))
+    assert (found.code, found.value, found.way_out.split(".")[1]) == (619, "false", "qkv_bias=true")
+
+
+def test_an_older_file_of_neox(tmp_path: Path) -> None:
+    folder = written(tmp_path / "neox", NEOX)
+    wanted = logical_tensors(layers_of(NEOX))
+    read = initial_weights(str(folder), NEOX, wanted)
+    expected = {name: read(logical) for name, logical in wanted.items()}
+    tensors = load_file(folder / FILE)
+    fused = tensors["gpt_neox.layers.1.attention.query_key_value.weight"]
+    # Head by head: query, key and value of 4 heads of 8 dims.
+    keys = torch.cat([fused[24 * head + 8 : 24 * head + 16] for head in range(4)])
+    assert torch.equal(expected["block.1.attention.qkv.weight"][32:64], keys)
+    for layer in range(2):
+        tensors[f"gpt_neox.layers.{layer}.attention.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool)
+        tensors[f"gpt_neox.layers.{layer}.attention.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    save_file(tensors, folder / FILE)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps({**fields, "rotary_pct": 0.5, "rotary_emb_base": 10000}))
+    found = initial_weights(str(folder), NEOX, wanted)
+    assert all(torch.equal(found(logical), expected[name]) for name, logical in wanted.items())
 
 
 @pytest.mark.parametrize(("size", "word"), [(100, "larger"), (128, "smaller")])

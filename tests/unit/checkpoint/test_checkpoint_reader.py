@@ -1,143 +1,176 @@
-"""A `weights/` folder that is read back, and every way in which one can be wrong."""
+"""A checkpoint that is read back, and every way in which one can be damaged."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from engine.checkpoint.weights import INDEX, weights_reader
-from engine.errors import CheckpointError
-from engine.parallel.logical import LogicalTensor
+from engine.checkpoint import manifest as sizes
+from engine.checkpoint import reader as module
+from engine.checkpoint import shard_file
+from engine.checkpoint.manifest import COMPLETE, MANIFEST
+from engine.checkpoint.reader import Reader
+from engine.errors import CheckpointError, Violation
+from engine.parallel.rectangles import Rectangle
+from tests.helpers.checkpoints import draws, flip_byte, rewrite_manifest, write_checkpoint
 
-SHARDS = {
-    "weights-00001-of-00002.safetensors": {"embed": torch.arange(12.0).view(4, 3), "norm": torch.ones(3)},
-    "weights-00002-of-00002.safetensors": {"head": torch.arange(12.0).view(4, 3) * 2},
-}
-SECOND = "weights-00002-of-00002.safetensors"
-OPTION = "checkpoint.initial_weights"
-SAME_MODEL = "Use the model=... of the run that wrote it (config.yaml beside the folder)"
-WANTED = {
-    name: LogicalTensor(tuple(tensor.shape), name=name)
-    for tensors in SHARDS.values()
-    for name, tensor in tensors.items()
-}
-
-
-def write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]] = SHARDS) -> Path:
-    folder.mkdir()
-    for shard, tensors in shards.items():
-        save_file(dict(tensors), folder / shard)
-    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
+STATE = {"weight": draws({"a": (13, 7), "b": (5,), "c": ()}), "exp_avg": draws({"a": (13, 7)}, 1)}
+SHARD = "rank-00001.safetensors"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write(tmp_path / "weights")
+    return write_checkpoint(tmp_path / "step-00000007", STATE, files=3)
 
 
-def refused(folder: Path, wanted: Mapping[str, LogicalTensor] = WANTED) -> tuple[str, str, str]:
-    """Head, rule and way out of the only violation."""
+def refused(folder: Path) -> Violation:
+    """The violation on opening or verifying."""
     with pytest.raises(CheckpointError) as caught:
-        weights_reader(str(folder), wanted)
+        Reader(folder, "FOLDER").verify()
     (violation,) = caught.value.violations
-    return str(violation).split(": ", 1)[0], violation.rule, violation.way_out
+    assert f"FOLDER={folder}: " in str(violation)
+    return violation
 
 
-def test_every_tensor_comes_back_from_its_shard(folder: Path) -> None:
-    initial = weights_reader(str(folder), WANTED)
-    for tensors in SHARDS.values():
-        for name, tensor in tensors.items():
-            assert torch.equal(initial(WANTED[name]), tensor)
+@pytest.mark.parametrize("files", [1, 2, 5])
+def test_every_tensor_comes_back_from_all_files(files: int, tmp_path: Path) -> None:
+    reader = Reader(write_checkpoint(tmp_path / "x", STATE, files=files))
+    for kind, named in STATE.items():
+        for name, value in named.items():
+            assert torch.equal(reader.tensor(kind, name), value)
+            assert reader.manifest.shapes[kind][name] == value.shape
+    reader.verify()
+    assert reader.damages() == []
 
 
-def test_values_are_fp32_whatever_was_stored(tmp_path: Path) -> None:
-    stored = torch.tensor([0.5, 3.0]).bfloat16()
-    folder = write(tmp_path / "weights", {"a.safetensors": {"x": stored}})
-    value = weights_reader(str(folder), {"x": LogicalTensor((2,), name="x")})(LogicalTensor((2,), name="x"))
-    assert value.dtype is torch.float32
-    assert value.tolist() == [0.5, 3.0]
+def test_any_rectangle_is_read_over_the_parts_that_hold_it(folder: Path) -> None:
+    reader, draw = Reader(folder), random.Random(0)
+    for _ in range(60):
+        top, left = draw.randrange(13), draw.randrange(7)
+        bottom, right = draw.randint(top + 1, 13), draw.randint(left + 1, 7)
+        out = torch.full((bottom - top, right - left), torch.nan)
+        reader.read("weight", "a", Rectangle(top, bottom, left, right), out)
+        assert torch.equal(out, STATE["weight"]["a"][top:bottom, left:right])
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    head, rule, way_out = refused(tmp_path / "nowhere")
-    assert head == f"[OCT611] {OPTION}={tmp_path / 'nowhere'}"
-    assert f"{tmp_path / 'nowhere' / INDEX} cannot be read as an index of weights" in rule
-    assert "No such file" in rule
-    assert way_out == "Name the `weights` folder that a run with checkpoint.save_final=true wrote"
+def test_what_is_read_goes_into_any_dtype_and_stride(folder: Path) -> None:
+    out = torch.zeros(7, 20, dtype=torch.float64)
+    Reader(folder).read("weight", "a", Rectangle(0, 13, 0, 7), out.T[3:16])
+    assert torch.equal(out.T[3:16], STATE["weight"]["a"].double())
+    assert not out.T[:3].any()
+    assert not out.T[16:].any()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"weight_map": {"embed"',
-        b"\xff\xfe\x00",
-        b"[]",
-        b"{}",
-        b'{"weight_map": ["embed"]}',
-        b'{"weight_map": 3}',
-    ],
-)
-def test_an_index_that_is_none(folder: Path, content: bytes) -> None:
-    (folder / INDEX).write_bytes(content)
-    head, rule, way_out = refused(folder)
-    assert head.startswith("[OCT611]")
-    assert "cannot be read as an index of weights" in rule
-    assert "checkpoint.save_final=true" in way_out
+def test_what_is_read_can_be_written_to_without_changing_the_file(folder: Path) -> None:
+    before = (folder / SHARD).read_bytes()
+    reader = Reader(folder)
+    reader.tensor("weight", "a").zero_()
+    assert torch.equal(reader.tensor("weight", "a"), STATE["weight"]["a"])
+    assert (folder / SHARD).read_bytes() == before
 
 
-def test_weights_of_another_model(folder: Path) -> None:
-    wanted = {name: WANTED[name] for name in ("embed", "norm")}
-    wanted |= {name: LogicalTensor((1,), name=name) for name in ("a", "b", "c", "d")}
-    head, rule, way_out = refused(folder, wanted)
-    assert head == f"[OCT612] {OPTION}={folder}"
-    assert "it belongs to another model" in rule
-    assert "4 tensors missing ['a', 'b', 'c']" in rule
-    assert "1 not in this model ['head']" in rule
-    assert way_out == SAME_MODEL
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_folder_without_a_finished_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = refused(tmp_path / name)
+    assert (found.code, found.rule) == (631, "it holds no finished checkpoint (COMPLETE is not there)")
+    assert "Name the folder of a checkpoint, such as runs/mine/checkpoints/step-00001000, or of a run" in found.way_out
 
 
-def test_a_shard_that_is_missing(folder: Path) -> None:
-    (folder / SECOND).unlink()
-    head, rule, way_out = refused(folder)
-    assert head == f"[OCT613] {OPTION}={folder}"
-    assert f"{SECOND} is missing or damaged (" in rule
-    assert way_out.startswith("Copy the folder again, or leave checkpoint.initial_weights unset")
+def test_a_save_that_was_killed_before_its_end(folder: Path) -> None:
+    (folder / COMPLETE).unlink()
+    assert refused(folder).code == 631
 
 
-@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
-def test_a_shard_that_is_damaged(folder: Path, damage: str) -> None:
-    content = (folder / SECOND).read_bytes()
-    (folder / SECOND).write_bytes(
-        {"truncated": content[:-8], "header": b"\xff" * 16 + content[16:], "empty": b""}[damage]
-    )
-    head, rule, _ = refused(folder)
-    assert head == f"[OCT613] {OPTION}={folder}"
-    assert f"{SECOND} is missing or damaged (" in rule
+def require_damaged(found: Violation, rule: str) -> None:
+    assert (found.code, found.way_out) == (632, "Name an earlier checkpoint, or copy this one again")
+    assert found.rule == f"it is damaged: {rule}"
 
 
-def test_a_shard_without_the_tensor_that_the_index_promises(folder: Path) -> None:
-    save_file({"other": torch.ones(1)}, folder / SECOND)
-    head, rule, _ = refused(folder)
-    assert head.startswith("[OCT613]")
-    assert "head" in rule
+def test_a_manifest_that_is_missing(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    found = refused(folder)
+    assert found.code == 632
+    assert "manifest.json cannot be read (" in found.rule
+    assert "No such file" in found.rule
 
 
-def test_a_tensor_of_another_shape(folder: Path) -> None:
-    head, rule, way_out = refused(folder, {**WANTED, "embed": LogicalTensor((8, 3), name="embed")})
-    assert head == f"[OCT614] {OPTION}={folder}"
-    assert rule == "embed has shape [4, 3] there and [8, 3] in this model"
-    assert way_out == SAME_MODEL
+@pytest.mark.parametrize("file", [MANIFEST, COMPLETE])
+def test_a_manifest_that_is_not_the_one_that_was_sealed(file: str, folder: Path) -> None:
+    (folder / file).write_bytes((folder / file).read_bytes()[:-2] + b"}}")
+    require_damaged(refused(folder), "manifest.json is not what COMPLETE records")
 
 
-def test_all_shapes_are_read_before_any_value_is_asked_for(folder: Path) -> None:
-    _, rule, _ = refused(folder, {**WANTED, "head": LogicalTensor((4, 4), name="head")})
-    assert rule.startswith("head has shape [4, 3]")
+def test_a_marker_that_is_no_text(folder: Path) -> None:
+    (folder / COMPLETE).write_bytes(b"\xff\xfe")
+    assert "it is damaged: manifest.json cannot be read (" in refused(folder).rule
+
+
+def test_a_newer_manifest(folder: Path) -> None:
+    raw = json.loads((folder / MANIFEST).read_text())
+    rewrite_manifest(folder, json.dumps({**raw, "version": 9}).encode())
+    assert (refused(folder).code, refused(folder).rule.split(",")[0]) == (633, "manifest.json is of version 9")
+
+
+def test_a_sealed_manifest_of_somebody_else(folder: Path) -> None:
+    rewrite_manifest(folder, b'{"format": "other"}')
+    assert refused(folder).code == 634
+
+
+def test_a_file_that_is_missing(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    require_damaged(refused(folder), f"{SHARD} is missing")
+
+
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_file_of_another_size(change: int, folder: Path) -> None:
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[:change] if change < 0 else content + bytes(change))
+    size = len(content)
+    require_damaged(refused(folder), f"{SHARD} has {size + change} bytes, manifest.json records {size}")
+
+
+def test_a_byte_that_is_another_names_its_file_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (sizes, shard_file, module):
+        monkeypatch.setattr(place, "BLOCK", 1000)
+    folder = write_checkpoint(tmp_path / "x", {"weight": {"a": torch.arange(1000.0)}}, files=2)
+    size = (folder / SHARD).stat().st_size
+    assert 2000 < size < 3000
+    Reader(folder, "FOLDER").verify()
+    flip_byte(folder / SHARD, 1999)
+    require_damaged(refused(folder), f"{SHARD} has other bytes between 1,000 and 2,000")
+    flip_byte(folder / SHARD, size - 1)
+    first, second = refused(folder).rule.split("; ")
+    assert second == f"{SHARD} has other bytes between 2,000 and {size:,}"
+    assert first.endswith("between 1,000 and 2,000")
+
+
+def test_a_header_that_is_another_is_damage_too(folder: Path) -> None:
+    flip_byte(folder / SHARD, 20)
+    assert f"{SHARD} has other bytes between 0 and " in refused(folder).rule
+
+
+def test_each_rank_looks_at_its_part_and_together_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (sizes, shard_file, module):
+        monkeypatch.setattr(place, "BLOCK", 500)
+    folder = write_checkpoint(tmp_path / "x", {"weight": {"a": torch.arange(1000.0)}}, files=2)
+    whole = Reader(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        for first in range(0, path.stat().st_size, 500):
+            flip_byte(path, first)
+    found = [whole.damages(rank, 3) for rank in range(3)]
+    assert all(found)
+    assert sorted(line for part in found for line in part) == sorted(whole.damages())
+    assert len(whole.damages()) == sum(len(file.sha256) for file in whole.manifest.files)
+    with pytest.raises(CheckpointError, match=r"and \d+ more"):
+        whole.verify()
+
+
+def test_a_file_that_goes_away_while_it_is_checked(folder: Path) -> None:
+    reader = Reader(folder)
+    (folder / SHARD).unlink()
+    assert reader.damages() == [f"{SHARD} cannot be read (No such file or directory)"]

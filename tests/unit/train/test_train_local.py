@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 
+import psutil
 import pytest
 import torch
 
-from engine.config import Config, DataConfig, Device, ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
+from engine.config import (
+    Config,
+    DataConfig,
+    Device,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainingConfig,
+    launch_env,
+)
 from engine.errors import LaunchError
 from engine.train import local
+from tests.helpers.repo import ROOT
 
 
 def config(
@@ -83,20 +96,78 @@ def test_more_ranks_than_gpus_are_refused(
         (0, Device.cpu, None, "7", "7"),
     ],
 )
-def test_it_becomes_torchrun_with_the_same_command(
+def test_every_rank_gets_the_command_and_its_place(
     monkeypatch: pytest.MonkeyPatch, count: int, device: Device, threads: int | None, already: str | None, found: str
 ) -> None:
     gpus(monkeypatch, count)
-    calls: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
-    monkeypatch.setattr(os, "environ", {} if already is None else {"OMP_NUM_THREADS": already})
+    calls: list[tuple[Sequence[str], Sequence[Mapping[str, str]]]] = []
+
+    def record(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+        calls.append((words, environments))
+        return 75
+
+    monkeypatch.setattr(local, "supervise", record)
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin"} | ({} if already is None else {"OMP_NUM_THREADS": already}))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    local.start_ranks(4, config(device, threads=threads), ["a=b", "c='d e'"])
-    ((path, argv),) = calls
-    assert path == argv[0] == sys.executable
-    assert argv[1:4] == ["-m", "torch.distributed.run", "--standalone"]
-    assert argv[4:] == ["--nproc-per-node=4", "-m", "engine.train", "a=b", "c='d e'"]
-    assert os.environ["OMP_NUM_THREADS"] == found
+    assert local.start_ranks(4, config(device, threads=threads), ["a=b", "c='d e'"]) == 75
+    ((words, places),) = calls
+    assert words == [sys.executable, "-m", "engine.train", "a=b", "c='d e'"]
+    assert [place["RANK"] for place in places] == [place["LOCAL_RANK"] for place in places] == list("0123")
+    for place in places:
+        env = launch_env.read(place)
+        assert env is not None and (env.world_size, env.local_world_size, env.master_addr) == (4, 4, "127.0.0.1")
+        assert (place["OMP_NUM_THREADS"], place["PATH"]) == (found, "/bin")
+
+
+def supervised(code: str, ranks: int = 2) -> int:
+    """Exit code of processes that run `code`, which knows its place as `rank`."""
+    words = [sys.executable, "-c", f"import os, sys, time, signal\nrank = int(os.environ['RANK'])\n{code}"]
+    return local.supervise(words, [{**os.environ, "RANK": str(rank)} for rank in range(ranks)])
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("", 0),
+        ("sys.exit(75)", 75),
+        ("sys.exit(75 if rank else 0)", 75),
+        ("sys.exit(3) if rank else time.sleep(60)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)", 137),
+        ("sys.exit(75) if rank else sys.exit(2)", 2),
+    ],
+)
+def test_the_first_failure_ends_all_and_is_the_jobs(code: str, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 0.2)
+    assert supervised(code) == found
+
+
+def test_sigterm_reaches_every_rank() -> None:
+    code = "signal.signal(signal.SIGTERM, lambda *a: sys.exit(75))\nprint(rank, flush=True)\ntime.sleep(60)"
+    program = (
+        "import os, sys\nfrom engine.train import local\n"
+        f"words = [sys.executable, '-c', {'import os, sys, time, signal' + chr(10) + 'rank = 1' + chr(10) + code!r}]\n"
+        "sys.exit(local.supervise(words, [dict(os.environ)] * 3))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(3)] == ["1\n"] * 3
+    process.terminate()
+    assert process.wait(30) == 75
+
+
+def test_ranks_end_with_the_process_that_started_them() -> None:
+    program = (
+        "import os, sys\nfrom engine.train import local\n"
+        "words = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']\n"
+        "local.supervise(words, [dict(os.environ)] * 2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    ranks = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+    process.kill()
+    process.wait(10)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
 
 
 def test_a_single_rank_meets_itself_on_a_free_port() -> None:

@@ -17,12 +17,12 @@ from engine.config import Attention, Config, DataConfig, DType, OptimConfig, Opt
 from engine.config.enums import PipelineSchedule
 from engine.data import Data
 from engine.dist.context import AxisGroup, ParallelContext
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.plan.costs import parameter_counts
 from engine.protocols import Engine, StepResult
 from engine.topology.grid import Grid
 from engine.train.describe import describe
-from engine.train.loop import fit, reads_text
+from engine.train.loop import Cursor, StopRequested, fit, reads_text
 from engine.train.session import choose_attention
 from tests.helpers.models import preset
 
@@ -145,6 +145,9 @@ class FakeHook:
         self.log.append((self.name, "after", dict(summary)))
         summary[self.name] = len(summary)
 
+    def after_stop(self, step: int) -> None:
+        self.log.append((self.name, "stopped", step))
+
 
 def test_the_loop_reads_this_replicas_batches_and_calls_the_hooks_in_order() -> None:
     log: list[Any] = []
@@ -171,8 +174,47 @@ def test_the_loop_goes_on_where_another_layout_stopped(prefetch: int) -> None:
     cfg = config()
     cfg.data.prefetch = prefetch
     data = cast(Data, SimpleNamespace(train=FakeSplit()))
-    fit(cast(Engine, FakeEngine(log)), data, cfg, [], first_step=1, first_sample=40)
+    fit(cast(Engine, FakeEngine(log)), data, cfg, [], Cursor(step=1, samples=40))
     assert log == [("train", (40, PLACE), 0.5), ("train", (64, PLACE), 0.5)]
+
+
+def test_a_cursor_counts_the_samples_of_steps_since_its_own() -> None:
+    assert Cursor().after(3, 24) == Cursor(step=3, samples=72)
+    # Steps 5 to 7 with batches of another size.
+    assert Cursor(step=4, samples=96).after(7, 10) == Cursor(step=7, samples=126)
+
+
+def test_what_one_hook_cannot_write_costs_no_other_hook_its_results() -> None:
+    class Refusing(FakeHook):
+        def after_training(self, summary: dict[str, Any]) -> None:
+            raise CheckpointError.of(636, self.name, "value", "rule", "way out")
+
+    log: list[Any] = []
+    hooks = [Refusing("first", log), FakeHook("between", log), Refusing("second", log), FakeHook("last", log)]
+    with pytest.raises(CheckpointError, match="OCT636. first=value"):
+        fit(cast(Engine, FakeEngine(log)), cast(Data, SimpleNamespace(train=FakeSplit())), config(), hooks)
+    assert log[-2:] == [("between", "after", {}), ("last", "after", {"between": 0})]
+
+
+def test_a_hook_can_end_the_training_early() -> None:
+    class Stopping(FakeHook):
+        def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
+            if step == 2:
+                raise StopRequested(step)
+
+    log: list[Any] = []
+    before = threading.active_count()
+    with pytest.raises(StopRequested, match="stopped after step 2"):
+        fit(
+            cast(Engine, FakeEngine(log)),
+            cast(Data, SimpleNamespace(train=FakeSplit())),
+            config(),
+            [FakeHook("first", log), Stopping("second", log)],
+        )
+    assert threading.active_count() == before
+    assert sum(entry[0] == "train" for entry in log) == 2
+    assert log[-2:] == [("first", "stopped", 2), ("second", "stopped", 2)]
+    assert not [entry for entry in log if entry[1] == "after"]
 
 
 def test_a_step_that_fails_ends_the_reading() -> None:

@@ -46,7 +46,7 @@ def test_the_smaller_last_batch_counts_by_its_samples() -> None:
     base = make()
     cfg = replace(base, train=replace(base.train, micro_batch=4, accum_steps=1, eval_batches=8))
     data = cast(Data, SimpleNamespace(valid=cast(Split, TenSamples())))
-    hook = Validation(cast(Engine, Losses()), data, cfg, Fanout([]), None)
+    hook = Validation(cast(Engine, Losses()), data, cfg, Fanout([]), None, 0)
     hook.before_training()
     summary: dict[str, Any] = {}
     hook.after_training(summary)

@@ -1,0 +1,100 @@
+"""A second home for checkpoints, in an object store or on another disk: whatever fsspec has a protocol for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.manifest import COMPLETE, MANIFEST, decode, seal
+from engine.checkpoint.save import PARTIAL, sync_folder
+from engine.errors import CheckpointError
+
+OPTION = "checkpoint.mirror"
+_STEP = re.compile(r"step-\d{8,}$")
+
+
+class Mirror:
+    """The folder of checkpoints at a URL such as `s3://bucket/run` or `file:///mnt/backup/run`.
+
+    The marker of a checkpoint is put there last, so that one without it is not finished. Nothing is ever removed.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises CheckpointError 643: no such protocol, or its package is missing."""
+        import fsspec
+
+        self._url = url.rstrip("/")
+        try:
+            self._fs: Any
+            self._fs, self._root = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError, OSError) as error:
+            way_out = "Install the package that it names, or use checkpoint.mirror=null"
+            raise CheckpointError.of(643, OPTION, url, f"fsspec cannot open it ({error})", way_out) from error
+
+    def put(self, folder: Path, *names: str) -> None:
+        """Copy files of the checkpoint `folder`, in this order. Raises OSError."""
+        target = f"{self._root}/{folder.name}"
+        try:
+            self._fs.makedirs(target, exist_ok=True)
+            for name in names:
+                self._fs.put_file(str(folder / name), f"{target}/{name}")
+        except OSError:
+            raise
+        except Exception as error:  # Stores have exceptions of their own.
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    def newest(self) -> str | None:
+        """Name of the newest finished checkpoint. Raises CheckpointError 644: the store does not answer."""
+        try:
+            if not self._fs.isdir(self._root):
+                return None
+            found = [Path(path).name for path in self._fs.ls(self._root, detail=False)]
+            steps = sorted(
+                (name for name in found if _STEP.match(name)), key=lambda name: (len(name), name), reverse=True
+            )
+            return next((name for name in steps if self._fs.exists(f"{self._root}/{name}/{COMPLETE}")), None)
+        except Exception as error:
+            raise self._silent(error) from error
+
+    def fetch(self, name: str, into: Path, say: Callable[[str], None]) -> Path:
+        """Copy checkpoint `name` into the folder `into`; complete or not there at all.
+
+        Raises:
+            CheckpointError: 644 the store does not answer or the disk is full, 633 and 634 see `decode`.
+        """
+        source, target = f"{self._root}/{name}", into / name
+        partial = target.with_name(name + PARTIAL)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            content: bytes = self._fs.cat_file(f"{source}/{MANIFEST}")
+            marker: bytes = self._fs.cat_file(f"{source}/{COMPLETE}")
+            if seal(content).encode() != marker.strip():
+                raise OSError(f"{MANIFEST} is not what {COMPLETE} records")
+            manifest = decode(content, Path(name), OPTION)
+            for number, file in enumerate(manifest.files, start=1):
+                say(f"fetching {self._url}/{name}: file {number} of {len(manifest.files)}, {file.size:,} bytes")
+                self._fs.get_file(f"{source}/{file.name}", str(partial / file.name))
+            (partial / MANIFEST).write_bytes(content)
+            (partial / COMPLETE).write_bytes(marker)
+            for path in partial.iterdir():
+                with open(path, "rb") as opened:
+                    os.fsync(opened.fileno())
+            os.rename(partial, target)
+            sync_folder(into)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise self._silent(error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def _silent(self, error: Exception) -> CheckpointError:
+        rule = f"it cannot be read ({type(error).__name__}: {error})"
+        way_out = "See that it is there and may be read, or use checkpoint.mirror=null"
+        return CheckpointError.of(644, OPTION, self._url, rule, way_out)
