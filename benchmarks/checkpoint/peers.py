@@ -83,11 +83,12 @@ def distributed_state(engine: Engine) -> dict[str, Any]:
 
 def dcp_save(engine: Engine, folder: Path, *, asynchronous: bool) -> dict[str, float]:
     """Seconds that a step waits for torch's distributed checkpoint, and until all is on disk."""
-    state = distributed_state(engine)
+    state, group = distributed_state(engine), dist.new_group(backend="gloo")
     dist.barrier()
     started = time.perf_counter()
     if asynchronous:
-        future = dcp.async_save(state, checkpoint_id=str(folder))
+        # Its background work needs a group of the CPU's.
+        future = dcp.async_save(state, checkpoint_id=str(folder), process_group=group)
         stall = time.perf_counter() - started
         future.result()
     else:

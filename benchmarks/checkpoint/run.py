@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
     found = ranks(measure, args=(words, options.disk, options.n))[0]
     if options.reshape:
         found |= ranks(reshape, args=([*words, options.reshape], options.disk, options.n))[0]
+        shutil.rmtree(options.disk / "ours")
         found["convert, deepspeed"] = [convert(options.disk, options.world)]
     for folder in ("ours", "deepspeed", "universal"):
         shutil.rmtree(options.disk / folder, ignore_errors=True)
