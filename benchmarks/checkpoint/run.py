@@ -12,6 +12,7 @@ Writes rows.jsonl.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,8 @@ WORDS = [
 ]
 FACTS: dict[str, Any] = {"step": 1, "samples": 1}
 Times = dict[str, list[float]]
+PROGRESS = "OCTANT_BENCHMARK_PROGRESS"
+"""A file that tells how far it is: ranks have no terminal."""
 
 
 def main(argv: list[str]) -> None:
@@ -66,11 +69,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--reshape", default="", help="another layout of as many ranks; empty: not measured")
     parser.add_argument("--n", type=int, default=3)
+    parser.add_argument("--systems", default="octant,deepspeed,torch dcp,torch dcp async")
+    parser.add_argument("--medium", default="disk", help="what the folder is on, for the rows")
     parser.add_argument("--timeout", type=float, default=3000.0)
     options, overrides = parser.parse_known_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     options.disk.mkdir(parents=True, exist_ok=True)
-    words = [*WORDS, *overrides]
+    os.environ.setdefault(PROGRESS, str(options.out / "progress.txt"))
+    words, systems = [*WORDS, *overrides], options.systems.split(",")
     cfg = load(words)
     ranks = partial(
         run_ranks,
@@ -78,7 +84,7 @@ def main(argv: list[str]) -> None:
         backend="nccl" if resolve_device_type(cfg.train.device) == "cuda" else "gloo",
         timeout_s=options.timeout,
     )
-    found = ranks(measure, args=(words, options.disk, options.n))[0]
+    found = ranks(measure, args=(words, options.disk, options.n, systems))[0]
     if options.reshape:
         found |= ranks(reshape, args=([*words, options.reshape], options.disk, options.n))[0]
         shutil.rmtree(options.disk / "ours")
@@ -108,27 +114,31 @@ def engine_of(words: Sequence[str]) -> tuple[Engine, Config]:
     return engine, cfg
 
 
-def measure(words: Sequence[str], disk: Path, n: int) -> Times:
+def measure(words: Sequence[str], disk: Path, n: int, systems: Sequence[str]) -> Times:
     """Seconds of saving and loading in one layout; leaves `ours` and `deepspeed` behind. Body of one rank."""
     engine, _ = engine_of(words)
     found: Times = {"bytes": [float(sum(slot.values.numel() * 4 for slot in engine.state().slots))]}
     everyone: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(everyone, found["bytes"][0])
     found["bytes"] = [sum(everyone)]
-    saver = Saver(engine, asynchronous=True)
-    saver.prepare()
-    for _ in range(n):
-        _add(found, "octant", _ours(saver, disk / "ours"))
-    _load(found, "octant", n, lambda: _load_ours(engine, disk / "ours"))
-    saver.close()
-    for _ in range(n):
-        _add(found, "deepspeed", _fresh(disk / "deepspeed", partial(peers.deepspeed_save, engine)))
-    _load(found, "deepspeed", n, lambda: peers.deepspeed_load(engine, disk / "deepspeed"))
-    for name, asynchronous in (("torch dcp", False), ("torch dcp async", True)):
-        save = partial(peers.dcp_save, engine, asynchronous=asynchronous)
+    if "octant" in systems:
+        saver = Saver(engine, asynchronous=True)
+        saver.prepare()
+        for _ in range(n):
+            _add(found, "octant", _ours(saver, disk / "ours"))
+        _load(found, "octant", n, lambda: _load_ours(engine, disk / "ours"))
+        saver.close()
+    if "deepspeed" in systems:
+        for _ in range(n):
+            _add(found, "deepspeed", _fresh(disk / "deepspeed", partial(peers.deepspeed_save, engine)))
+        _load(found, "deepspeed", n, lambda: peers.deepspeed_load(engine, disk / "deepspeed"))
+    for name in ("torch dcp", "torch dcp async"):
+        if name not in systems:
+            continue
+        save = partial(peers.dcp_save, engine, asynchronous=name.endswith("async"))
         for _ in range(n):
             _add(found, name, _fresh(disk / "dcp", save))
-    _load(found, "torch dcp", n, lambda: peers.dcp_load(engine, disk / "dcp"))
+        _load(found, name, n, lambda: peers.dcp_load(engine, disk / "dcp"))
     _fresh(disk / "dcp", lambda folder: {})
     return found
 
@@ -175,10 +185,14 @@ def _fresh(folder: Path, save: Callable[[Path], dict[str, float]]) -> dict[str, 
 def _add(found: Times, system: str, times: dict[str, float]) -> None:
     for metric, seconds in times.items():
         found.setdefault(f"{metric}, {system}", []).append(seconds)
+    if dist.get_rank() == 0 and PROGRESS in os.environ:
+        with Path(os.environ[PROGRESS]).open("a") as file:
+            file.write(f"{system} {times}\n")
 
 
 def _load(found: Times, system: str, n: int, load_once: Callable[[], float]) -> None:
-    found[f"load, {system}"] = [load_once() for _ in range(n)]
+    for _ in range(n):
+        _add(found, system, {"load": load_once()})
 
 
 def copy_rate(disk: Path, size: int) -> float:
@@ -199,6 +213,7 @@ def rows(
     cuda = resolve_device_type(cfg.train.device) == "cuda"
     hardware = torch.cuda.get_device_name(0) if cuda else "CPU"
     case = f"{cfg.model.name} {cfg.precision.dtype} zero {cfg.zero.stage}, {options.world} ranks, {size / 1e9:.1f} GB"
+    case += f", {options.medium}"
     made = []
     for key, seconds in found.items():
         metric, system = key.split(", ")

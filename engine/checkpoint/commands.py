@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from engine.checkpoint.compare import compare, logical_hashes
 from engine.checkpoint.export import export
-from engine.checkpoint.hf_reader import is_hf_folder, tensor_files
-from engine.checkpoint.initial import WEIGHTS
+from engine.checkpoint.hf_reader import tensor_files
+from engine.checkpoint.initial import WEIGHTS, is_theirs
 from engine.checkpoint.manifest import is_complete
 from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import candidates
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
-        inspect_hf(args.folder) if is_hf_folder(args.folder) else inspect(opened(args.folder), hashes=args.hashes)
+        inspect_hf(args.folder) if is_theirs(args.folder) else inspect(opened(args.folder), hashes=args.hashes)
     elif args.command == "verify":
         verify(args.folder)
     elif args.command == "diff":
@@ -67,7 +67,13 @@ def opened(folder: Path, option: str = "FOLDER") -> Reader:
 
 
 def inspect(reader: Reader, *, hashes: bool = False) -> None:
-    """Print what a checkpoint is, and its tensors. `hashes`: with a SHA-256 of each, equal in every layout."""
+    """Print what a checkpoint is, and its tensors. `hashes`: with a SHA-256 of each, equal in every layout.
+
+    Raises:
+        CheckpointError: 632 `hashes` of a damaged checkpoint.
+    """
+    if hashes:
+        reader.verify()
     manifest, facts = reader.manifest, reader.manifest.facts
     model, optim = (facts.get("config", {}).get(name, {}).get("name", "?") for name in ("model", "optim"))
     grid = " ".join(f"{axis}{size}" for axis, size in facts.get("grid", {}).items())

@@ -11,6 +11,7 @@ from engine.checkpoint.hf_reader import CONFIG, hf_reader, is_hf_folder
 from engine.checkpoint.manifest import MANIFEST, is_complete
 from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import candidates, require_same_tensors
+from engine.checkpoint.retention import CHECKPOINTS
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.layers import InitialWeights
@@ -35,7 +36,7 @@ def initial_weights(
         CheckpointError: see `weights_of`, `require_same_tensors`, `Reader.verify` and `hf_reader`.
     """
     root = Path(folder)
-    if is_hf_folder(root):
+    if is_theirs(root):
         return hf_reader(folder, model, wanted)
     reader = weights_of(root)
     require_same_tensors(reader, WEIGHT, {name: logical.shape for name, logical in wanted.items()}, OPTION)
@@ -46,6 +47,12 @@ def initial_weights(
         return reader.tensor(WEIGHT, logical.name)
 
     return value
+
+
+def is_theirs(root: Path) -> bool:
+    """Whether `root` is transformers'; what Octant wrote is not, whatever else lies there."""
+    ours = is_complete(root) or (root / WEIGHTS).is_dir() or (root / CHECKPOINTS).is_dir()
+    return is_hf_folder(root) and not ours
 
 
 def weights_of(root: Path, option: str = OPTION) -> Reader:

@@ -19,7 +19,9 @@ from engine.optim.state import Slot
 from engine.parallel.rectangles import Patch, Rectangle, matrix_shape, patches
 
 _ALIGNMENT = 64
-_THREADS = 4
+_THREADS, _COPIERS = 4, 8
+_STRIP = 1 << 22
+"""Elements that a thread copies at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,21 @@ class Snapshot:
     @torch.no_grad()
     def take(self, parts: Sequence[Source]) -> None:
         """Copy `parts`, which are as many elements as those that the memory was made for."""
+        pairs: list[tuple[Tensor, Tensor]] = []
         offset = 0
         for part in parts:
             into = self._buffer.narrow(0, offset, part.rectangle.size).view(part.rectangle.shape)
-            into.copy_(part.values, non_blocking=self._pinned)
+            rows = max(1, _STRIP // max(1, part.rectangle.shape[1])) if not self._pinned else len(into)
+            pairs += zip(into.split(rows), part.values.split(rows), strict=True)
             offset += part.rectangle.size
         if self._pinned:
+            for into, values in pairs:
+                into.copy_(values, non_blocking=True)
             torch.cuda.synchronize()
+            return
+        # The cores are idle: the step waits.
+        with ThreadPoolExecutor(min(_COPIERS, len(os.sched_getaffinity(0)))) as pool:
+            list(pool.map(lambda pair: pair[0].copy_(pair[1]), pairs))
 
     @property
     def bytes(self) -> memoryview:

@@ -103,6 +103,14 @@ class OffloadStrategy(StrEnum):
     superoffload = "superoffload"
 
 
+class LaunchTarget(StrEnum):
+    """Who starts the ranks that `launch/submit.py` asks for."""
+
+    local = "local"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
+
+
 class Balance(StrEnum):
     """Which cost the pipeline stages share evenly."""
 

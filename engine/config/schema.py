@@ -31,6 +31,7 @@ from engine.config.enums import (
 )
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
+from engine.config.schema_launch import LaunchConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -280,6 +281,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)

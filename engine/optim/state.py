@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config.enums import OptimizerName
+from engine.config.schema import OptimConfig
 from engine.optim.adafactor import Adafactor
 from engine.optim.pieces import Piece
 
@@ -23,6 +24,17 @@ _KINDS = {
     OptimizerName.adafactor: (),
 }
 _UNCOUNTED = (OptimizerName.sgd, OptimizerName.lion)
+
+
+def kinds_of(optim: OptimConfig) -> set[str]:
+    """Every kind of state of a run with these options: those of its slots on all ranks together."""
+    if optim.name is OptimizerName.sgd:
+        return {WEIGHT, "momentum_buffer"} if optim.momentum else {WEIGHT}
+    if optim.name is OptimizerName.muon:
+        return {WEIGHT, "momentum_buffer", *_MOMENTS}
+    if optim.name is OptimizerName.adafactor:
+        return {WEIGHT, "row_mean", "column_mean", "square"}
+    return {WEIGHT, *_KINDS[optim.name]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from engine.checkpoint.initial import WEIGHTS, initial_weights
 from engine.checkpoint.manifest import is_complete
 from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import load as load_state
-from engine.checkpoint.restore import open_first, open_verified
+from engine.checkpoint.restore import open_first, open_verified, require_same_optimizer
 from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder
 from engine.config.derived import head_dim, writes_checkpoints
 from engine.config.launch_env import LaunchEnv
@@ -31,6 +31,7 @@ from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
 from engine.observe.folder import METRICS_FILE, open_run_folder, usable_run_folder
+from engine.optim.state import kinds_of
 from engine.parallel.logical import LogicalTensor
 from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
@@ -74,7 +75,7 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
 
     Raises:
         ConfigError: see `choose_attention` and `extensions.require`.
-        CheckpointError: see `initial_weights`, `beginnings` and `require_fitting`.
+        CheckpointError: see `initial_weights`, `beginnings`, `require_fitting` and `require_same_optimizer`.
         DataError: the corpus is missing, damaged or too small.
     """
     extensions.require(cfg)
@@ -87,7 +88,9 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
     data = open_data(cfg.data, cfg.model)
     paths, option = beginnings(cfg)
     if paths:
-        require_fitting(open_first(paths, log.say, option), cfg, data.fingerprint, shapes_of(tensors), option)
+        reader = open_first(paths, log.say, option)
+        require_fitting(reader, cfg, data.fingerprint, shapes_of(tensors), option)
+        require_same_optimizer(reader, kinds_of(cfg.optim), option)
     return data
 
 
@@ -187,7 +190,8 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     """The checkpoint to go on from, all of it checked, and where it stands; None: a new run. Collective.
 
     Raises:
-        CheckpointError: no checkpoint is whole, or it does not fit; see `open_verified` and `require_fitting`.
+        CheckpointError: no checkpoint is whole, or it does not fit; see `open_verified`, `require_fitting` and
+            `require_same_optimizer`.
     """
 
     def look() -> tuple[list[Path], str]:
@@ -200,6 +204,7 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     reader = open_verified(paths, log.say, option)
     layers = build_layers(cfg, ParallelContext.single(), choose_attention(cfg, device).impl.fn)
     require_fitting(reader, cfg, data.fingerprint, shapes_of(logical_tensors(layers)), option)
+    require_same_optimizer(reader, kinds_of(cfg.optim), option)
     facts = reader.manifest.facts
     return reader, Cursor(int(facts["step"]), int(facts["samples"])), option
 
