@@ -16,7 +16,7 @@ from engine.config.derived import ffn_size, head_dim, kv_heads, qkv_bias
 from engine.config.enums import Family, Positions
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, Violation
-from engine.model.hf import BERT_HEADS, HFFamily, Stored, canonical_names, hf_family, hf_names
+from engine.model.hf import BERT_HEADS, HFFamily, HFNames, Stored, canonical_names, hf_family, hf_names
 from engine.model.hf_options import UnreadableField, model_of, unlike_ours
 from engine.model.layers import InitialWeights
 from engine.parallel.logical import LogicalTensor
@@ -44,7 +44,8 @@ def pickles(root: Path) -> list[str]:
 def hf_reader(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTensor]) -> InitialWeights:
     """Initial weights from a Hugging Face folder, in fp32 whatever its dtype.
 
-    Each tensor is read when it is asked for, so that a rank reads those of its layers.
+    Each tensor is read when it is asked for, so that a rank reads those of its layers. A BERT without heads, as encoders
+    of sentences are, gets a new head for masked tokens, the same at every start.
 
     Args:
         model: the model of the run; the folder's config.json must mean the same.
@@ -59,13 +60,16 @@ def hf_reader(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTenso
     _require_same_model(root, model)
     names = canonical_names(hf_family(model), files)
     parts = hf_names(model)
-    _require_names(root, model, parts, set(names))
+    fresh = _new_heads(model, parts, set(names))
+    _require_names(root, model, {own: stored for own, stored in parts.items() if own not in fresh}, set(names))
     where = {key: (root / files[name], name) for key, name in names.items()}
     for own, logical in wanted.items():
-        for part in parts[own]:
+        for part in () if own in fresh else parts[own]:
             _require_shape(root, where[part.name], part, logical)
 
     def value(logical: LogicalTensor) -> Tensor:
+        if logical.name in fresh:
+            return logical.draw(0)
         found = []
         for part in parts[logical.name]:
             path, name = where[part.name]
@@ -74,6 +78,13 @@ def hf_reader(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTenso
         return torch.cat(found) if len(found) > 1 else found[0]
 
     return value
+
+
+def _new_heads(model: ModelConfig, parts: HFNames, names: set[str]) -> set[str]:
+    """Logical tensors of a BERT's heads of which the folder has none at all."""
+    if model.family is not Family.bert or any(name.startswith("cls.") for name in names):
+        return set()
+    return {own for own, stored in parts.items() if all(part.name.startswith("cls.") for part in stored)}
 
 
 def tensor_files(root: Path) -> dict[str, str]:
