@@ -12,6 +12,7 @@ import torch
 from engine.checkpoint import manifest as sizes
 from engine.checkpoint import reader as module
 from engine.checkpoint import shard_file
+from engine.checkpoint.initial import is_theirs
 from engine.checkpoint.manifest import COMPLETE, MANIFEST
 from engine.checkpoint.reader import Reader
 from engine.errors import CheckpointError, Violation
@@ -174,3 +175,21 @@ def test_a_file_that_goes_away_while_it_is_checked(folder: Path) -> None:
     reader = Reader(folder)
     (folder / SHARD).unlink()
     assert reader.damages() == [f"{SHARD} cannot be read (No such file or directory)"]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["config.json", "model.safetensors"], True),
+        (["pytorch_model.bin"], True),
+        (["weights/a", "pytorch_model.bin"], False),
+        (["checkpoints/step-00000001/a", "optimizer.pt"], False),
+        (["COMPLETE", "stray.pkl"], False),
+        (["notes.txt"], False),
+    ],
+)
+def test_stray_files_do_not_hide_what_octant_wrote(names: list[str], found: bool, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert is_theirs(tmp_path) is found

@@ -11,7 +11,16 @@ import torch
 
 from engine.checkpoint import retention
 from engine.checkpoint.manifest import COMPLETE
-from engine.checkpoint.retention import CHECKPOINTS, LATEST, Kept, complete_steps, step_folder, superfluous, tidy
+from engine.checkpoint.retention import (
+    CHECKPOINTS,
+    LATEST,
+    Kept,
+    complete_steps,
+    remnants,
+    step_folder,
+    superfluous,
+    tidy,
+)
 from engine.config.schema_checkpoint import CheckpointConfig
 from tests.helpers.checkpoints import facts_of, write_checkpoint
 
@@ -145,3 +154,11 @@ def test_trouble_is_said_and_what_is_half_gone_is_no_checkpoint(
     assert said == [f"old checkpoints in {tmp_path / CHECKPOINTS} could not be removed (device or resource busy)"]
     assert left == names(1, 2)
     assert complete_steps(tmp_path / CHECKPOINTS) == [step_folder(tmp_path, 2)]
+
+
+def test_what_killed_saves_left_goes_up_to_the_newest_finished_one(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step-00000020", {"weight": {"a": torch.ones(2)}})
+    left = ["step-00000010", "step-00000010.partial", "step-00000020.old", "step-00000030.partial", "mine"]
+    for name in left:
+        (tmp_path / name).mkdir()
+    assert {path.name for path in remnants(tmp_path)} == {left[0], left[1], left[2]}

@@ -15,7 +15,7 @@ from engine.config import OptimConfig, OptimizerName
 from engine.dist.context import SINGLE, ParallelContext
 from engine.optim.groups import build_optimizer
 from engine.optim.pieces import LogicalOptimizer, Piece
-from engine.optim.state import WEIGHT, Held, Slot
+from engine.optim.state import WEIGHT, Held, Slot, kinds_of
 from engine.parallel.logical import logical_of
 from engine.parallel.rectangles import matrix_shape
 from tests.helpers.checkpoints import fill, write_checkpoint
@@ -232,3 +232,9 @@ def test_steps_matter(name: str, tmp_path: Path) -> None:
     other.step()
     moved = {n: p.detach() for n, p in one.model.named_parameters()}
     assert any(not torch.equal(p, moved[n]) for n, p in other.model.named_parameters())
+
+
+@by_name
+def test_kinds_are_known_before_there_is_an_optimizer(name: str) -> None:
+    found = {slot.kind for held in Whole(name).held() for slot in held.slots()}
+    assert kinds_of(options(name)) == found == {WEIGHT, *KINDS[name]}
