@@ -12,10 +12,10 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check test clean
+.PHONY: help setup train check test test-slurm chaos clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY) ## install the pinned packages and Octant into .venv
 
@@ -47,6 +47,14 @@ check: $(READY) ## lint, types, import rules, unit tests
 
 test: check ## check, then the tests that start ranks and the documentation's commands
 	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit
+
+test-slurm: $(READY) ## install a Slurm (Debian, root) and run the batch scripts on it
+	@command -v slurmd >/dev/null && command -v slurmctld >/dev/null || { \
+	  echo "test-slurm: installing slurm-wlm"; apt-get update -qq && apt-get install -y -qq slurm-wlm >/dev/null; }
+	@$(BIN)/python -m pytest tests/launch/test_slurm.py -q -rs
+
+chaos: $(READY) ## SIGTERM at 20 random moments under each launcher (about an hour)
+	@OCTANT_CHAOS=20 $(BIN)/python -m pytest tests/ranks/test_signals.py -q
 
 clean: ## remove runs, caches and build results (ALL=1: .venv too)
 	@rm -rf runs multirun build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -44,8 +44,8 @@ def pickles(root: Path) -> list[str]:
 def hf_reader(folder: str, model: ModelConfig, wanted: Mapping[str, LogicalTensor]) -> InitialWeights:
     """Initial weights from a Hugging Face folder, in fp32 whatever its dtype.
 
-    Each tensor is read when it is asked for, so that a rank reads those of its layers. A BERT without heads, as encoders
-    of sentences are, gets a new head for masked tokens, the same at every start.
+    Each tensor is read when it is asked for, so that a rank reads those of its layers. A BERT without heads, as
+    encoders of sentences are, gets a new head for masked tokens, the same at every start.
 
     Args:
         model: the model of the run; the folder's config.json must mean the same.

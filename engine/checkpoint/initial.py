@@ -56,18 +56,28 @@ def is_theirs(root: Path) -> bool:
 
 
 def weights_of(root: Path, option: str = OPTION) -> Reader:
-    """The weights of a run, which are its final ones or else its newest checkpoint, or those in a checkpoint.
+    """The weights of a run, the final ones or a checkpoint's, whichever have more steps; or those in a checkpoint.
 
     Raises:
         CheckpointError: 611 there are none; see also `Reader`.
     """
-    if is_complete(root / WEIGHTS):
-        return Reader(root / WEIGHTS, option)
+    final = Reader(root / WEIGHTS, option) if is_complete(root / WEIGHTS) else None
     try:
-        return Reader(candidates(root, option)[0], option)
+        newest = Reader(candidates(root, option)[0], option)
     except CheckpointError as error:
+        if final is not None:
+            return final
         if error.violations[0].code != 631 or (root / MANIFEST).exists():
             raise
         rule = f"it has neither weights of Octant nor of transformers ({CONFIG} and safetensors)"
         way_out = "Name a run such as runs/mine, its weights or a checkpoint, or a Hugging Face folder"
         raise CheckpointError.of(611, option, root, rule, way_out) from error
+    return newest if final is None or newest.manifest.step > final.manifest.step else final
+
+
+def final_step(run: Path) -> int:
+    """Steps of the final weights of a run; -1: it has none that can be read."""
+    try:
+        return Reader(run / WEIGHTS, OPTION).manifest.step
+    except CheckpointError:
+        return -1

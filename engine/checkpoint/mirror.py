@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.manifest import COMPLETE, MANIFEST, decode, seal
-from engine.checkpoint.save import PARTIAL, sync_folder
+from engine.checkpoint.commit import PARTIAL, sync_folder
+from engine.checkpoint.manifest import COMPLETE, MANIFEST, blocks, decode, seal
+from engine.checkpoint.reader import bad_blocks, damaged
 from engine.errors import CheckpointError
 
 OPTION = "checkpoint.mirror"
@@ -35,6 +36,16 @@ class Mirror:
             way_out = "Install the package that it names, or use checkpoint.mirror=null"
             raise CheckpointError.of(643, OPTION, url, f"fsspec cannot open it ({error})", way_out) from error
 
+    def begin(self, folder: Path) -> None:
+        """Remove the marker of what is there under the name of `folder`. Raises OSError."""
+        try:
+            if self._fs.exists(f"{self._root}/{folder.name}/{COMPLETE}"):
+                self._fs.rm_file(f"{self._root}/{folder.name}/{COMPLETE}")
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
     def put(self, folder: Path, *names: str) -> None:
         """Copy files of the checkpoint `folder`, in this order. Raises OSError."""
         target = f"{self._root}/{folder.name}"
@@ -47,38 +58,42 @@ class Mirror:
         except Exception as error:  # Stores have exceptions of their own.
             raise OSError(f"{type(error).__name__}: {error}") from error
 
-    def newest(self) -> str | None:
-        """Name of the newest finished checkpoint. Raises CheckpointError 644: the store does not answer."""
+    def steps(self) -> list[str]:
+        """Names of the finished checkpoints, the newest first. Raises CheckpointError 644: no answer."""
         try:
             if not self._fs.isdir(self._root):
-                return None
+                return []
             found = [Path(path).name for path in self._fs.ls(self._root, detail=False)]
-            steps = sorted(
-                (name for name in found if _STEP.match(name)), key=lambda name: (len(name), name), reverse=True
-            )
-            return next((name for name in steps if self._fs.exists(f"{self._root}/{name}/{COMPLETE}")), None)
+            steps = sorted((name for name in found if _STEP.match(name)), key=lambda name: -int(name[5:]))
+            return [name for name in steps if self._fs.exists(f"{self._root}/{name}/{COMPLETE}")]
         except Exception as error:
             raise self._silent(error) from error
 
     def fetch(self, name: str, into: Path, say: Callable[[str], None]) -> Path:
-        """Copy checkpoint `name` into the folder `into`; complete or not there at all.
+        """Copy checkpoint `name` into the folder `into`; whole or not there at all. What an earlier try brought stays.
 
         Raises:
-            CheckpointError: 644 the store does not answer or the disk is full, 633 and 634 see `decode`.
+            CheckpointError: 644 the store does not answer or the disk is full, 632 its files are damaged, 633 and 634
+                see `decode`.
         """
         source, target = f"{self._root}/{name}", into / name
         partial = target.with_name(name + PARTIAL)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
             content: bytes = self._fs.cat_file(f"{source}/{MANIFEST}")
             marker: bytes = self._fs.cat_file(f"{source}/{COMPLETE}")
             if seal(content).encode() != marker.strip():
                 raise OSError(f"{MANIFEST} is not what {COMPLETE} records")
             manifest = decode(content, Path(name), OPTION)
             for number, file in enumerate(manifest.files, start=1):
-                say(f"fetching {self._url}/{name}: file {number} of {len(manifest.files)}, {file.size:,} bytes")
-                self._fs.get_file(f"{source}/{file.name}", str(partial / file.name))
+                own = partial / file.name
+                if not own.is_file() or own.stat().st_size != file.size:
+                    say(f"fetching {self._url}/{name}: file {number} of {len(manifest.files)}, {file.size:,} bytes")
+                    self._fs.get_file(f"{source}/{file.name}", str(own))
+            bad = bad_blocks(partial, blocks(manifest.files))
+            if bad:
+                shutil.rmtree(partial)
+                raise damaged(Path(f"{self._url}/{name}"), bad, OPTION)
             (partial / MANIFEST).write_bytes(content)
             (partial / COMPLETE).write_bytes(marker)
             for path in partial.iterdir():
@@ -90,8 +105,6 @@ class Mirror:
             raise
         except Exception as error:
             raise self._silent(error) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return target
 
     def _silent(self, error: Exception) -> CheckpointError:

@@ -51,6 +51,8 @@ class Reader:
             raise self._damaged(f"{MANIFEST} cannot be read ({error})") from error
         if seal(content) != sealed:
             raise self._damaged(f"{MANIFEST} is not what {COMPLETE} records")
+        self.seal = sealed
+        """SHA-256 of the manifest: equal for equal checkpoints."""
         self.manifest: Manifest = decode(content, folder, option)
         for file in self.manifest.files:
             path = folder / file.name

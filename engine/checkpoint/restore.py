@@ -55,22 +55,32 @@ def open_first(paths: Sequence[Path], say: Callable[[str], None], option: str = 
 
 
 def open_verified(paths: Sequence[Path], say: Callable[[str], None], option: str = LOAD) -> Reader:
-    """The first of the checkpoints of which every byte is as it was written. Collective: each rank reads a part.
+    """The first of the checkpoints of which every byte is as it was written, for all ranks the same. Collective.
+
+    Each rank reads a part. What one of them cannot open, on a host with an older view of the disk say, none takes.
 
     Raises:
         CheckpointError: 631 to 634 about the last one, when none is.
     """
-    left = list(paths)
-    while True:
-        reader = open_first(left, say, option)
-        found = _everyone(reader.damages(dist.get_rank(), dist.get_world_size()))
-        if not found:
+    for number, path in enumerate(paths):
+        reader, found, error = None, [""], None
+        try:
+            reader = Reader(path, option)
+            found = [reader.seal]
+        except CheckpointError as refusal:
+            error, found = refusal, [f"rank {dist.get_rank()}: {refusal.violations[0].rule}"]
+        seen = sorted(set(_everyone(found)))
+        if reader is not None and seen == [reader.seal]:
+            bad = _everyone(reader.damages(dist.get_rank(), dist.get_world_size()))
+        else:
+            bad = [line for line in seen if reader is None or line != reader.seal] or ["hosts see different manifests"]
+        if reader is not None and not bad:
             return reader
-        left = left[left.index(reader.folder) + 1 :]
-        error = damaged(reader.folder, found, option)
-        if not left:
+        error = error or damaged(path, bad, option)
+        if number + 1 == len(paths):
             raise error
-        say(f"{error}\ngoing on with the one before, {left[0]}")
+        say(f"{error}\ngoing on with the one before, {paths[number + 1]}")
+    raise AssertionError("no paths")
 
 
 def _everyone(mine: list[str]) -> list[str]:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoint.commit import write_durably
 from engine.checkpoint.manifest import COMPLETE, MANIFEST, is_complete
-from engine.checkpoint.save import write_durably
 from engine.config.schema_checkpoint import CheckpointConfig
 
 CHECKPOINTS = "checkpoints"
-LATEST = "latest"
+LATEST, ASIDE = "latest", ".set-aside"
 _STEP = re.compile(r"step-(\d{8,})$")
 _BEGUN = re.compile(r"step-(\d{8,})(\.partial|\.old)?$")
 
@@ -81,7 +81,19 @@ def remnants(folder: Path) -> list[Path]:
     """
     newest = max((int(path.name.removeprefix("step-")) for path in complete_steps(folder)), default=0)
     found = [(path, match) for path in folder.iterdir() if (match := _BEGUN.match(path.name)) and path.is_dir()]
-    return [path for path, match in found if int(match[1]) <= newest and not is_complete(path)]
+    return [path for path, match in found if int(match[1]) <= newest and (match[2] or not is_complete(path))]
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run was not to go on from or could not: their steps come again.
+
+    They would count for the newest, and those that are still to be written for superfluous.
+    """
+    later = [path for path in complete_steps(folder) if int(path.name.removeprefix("step-")) > step]
+    for path in later:
+        shutil.rmtree(path.with_name(path.name + ASIDE), ignore_errors=True)
+        path.rename(path.with_name(path.name + ASIDE))
+    return later
 
 
 def _kept(folder: Path) -> Kept | None:

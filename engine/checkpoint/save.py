@@ -10,21 +10,22 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from engine.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, ShardFile, seal
+from engine.checkpoint.commit import PARTIAL, commit
+from engine.checkpoint.manifest import COMPLETE, MANIFEST, ShardFile
 from engine.checkpoint.shard_file import Snapshot, Source, sources, write_shard
 from engine.errors import CheckpointError, EngineError
 from engine.observe.log import warn
 from engine.optim.state import WEIGHT
 from engine.protocols import Engine
 
-PARTIAL = ".partial"
 _MARGIN = 1 << 24
 """Bytes on disk for everything but the tensors."""
 _WAIT = "Free space, or point run.dir to a disk with more"
@@ -39,19 +40,18 @@ class Saver:
         *,
         asynchronous: bool,
         weights_only: bool = False,
-        also: Callable[[Path, Sequence[str]], None] | None = None,
+        also: Copier | None = None,
     ) -> None:
         """
         Args:
             asynchronous: write in the background, through a group of its own that no other collective uses. A save
                 needs as much host memory as this rank writes; this one keeps it for the next.
             weights_only: leave out the optimizer.
-            also: told of files of a finished checkpoint, to copy them elsewhere: every rank of its own, and then rank 0
-                of what makes it complete. Its OSError is a warning.
+            also: where to copy finished checkpoints; trouble with it is a warning.
         """
         self._engine, self._ctx = engine, engine.ctx
         self._asynchronous, self._weights_only, self._also = asynchronous, weights_only, also
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._group = _group()
         self._snapshot: Snapshot | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
@@ -79,8 +79,8 @@ class Saver:
         Raises:
             CheckpointError: see `wait`; of this save, when it is not asynchronous.
         """
-        self.wait()
         started = time.perf_counter()
+        self.wait()
         state = self._engine.state()
         parts = self._parts()
         if self._snapshot is None:
@@ -93,8 +93,13 @@ class Saver:
             try:
                 self.wait()
             finally:
-                self._snapshot = None
+                self._drop()
         self.stall_s = time.perf_counter() - started
+
+    def _drop(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.free()
+        self._snapshot = None
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -106,13 +111,18 @@ class Saver:
         if running is not None:
             running.result()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has ended, and not well. `wait` raises why."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
+
     def close(self) -> None:
         """Wait as `wait`, and give the memory back."""
         try:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._snapshot = None
+            self._drop()
 
     def _write(
         self, folder: Path, facts: dict[str, Any], parts: list[Source], content: memoryview, then: Callable[[], None]
@@ -120,13 +130,7 @@ class Saver:
         partial = folder.with_name(folder.name + PARTIAL)
         sizes = self._gather(len(content))
         self._agree(lambda: _make_room(folder, partial, sum(sizes)), folder)
-        file: ShardFile | None = None
-        trouble = ""
-        try:
-            if parts:
-                file = write_shard(partial / f"rank-{self._ctx.rank:05d}.safetensors", parts, content)
-        except OSError as error:
-            trouble = f"rank {self._ctx.rank}: {error}"
+        file, trouble = self._write_part(partial, parts, content)
         gathered = self._gather((trouble, file, {(part.kind, part.name): part.shape for part in parts}))
 
         def finish() -> None:
@@ -134,25 +138,34 @@ class Saver:
             if troubles:
                 raise _unwritten(folder, troubles)
             commit(folder, facts, [(file, shapes) for _, file, shapes in gathered if file is not None])
-            then()
 
         self._agree(finish, folder)
+        if self._ctx.is_main:
+            then()
         if self._also is not None:
-            self._copy(folder, [file.name] if file is not None else [])
+            self._copy(self._also, folder, file)
 
-    def _copy(self, folder: Path, names: list[str]) -> None:
-        trouble = self._try_to_copy(folder, names)
-        if not any(self._gather(trouble)) and self._ctx.is_main:
-            self._try_to_copy(folder, [MANIFEST, COMPLETE])
-
-    def _try_to_copy(self, folder: Path, names: list[str]) -> str:
-        assert self._also is not None
+    def _write_part(self, partial: Path, parts: list[Source], content: memoryview) -> tuple[ShardFile | None, str]:
+        """This rank's file, and what went wrong with it: the others must hear of it, whatever it is."""
         try:
-            self._also(folder, names)
-        except OSError as error:
-            warn(f"rank {self._ctx.rank}: {folder.name} is here and not in checkpoint.mirror ({error})")
-            return str(error) or "?"
-        return ""
+            name = f"rank-{self._ctx.rank:05d}.safetensors"
+            return (write_shard(partial / name, parts, content) if parts else None), ""
+        except Exception as error:
+            return None, f"rank {self._ctx.rank}: {error}"
+
+    def _copy(self, also: Copier, folder: Path, file: ShardFile | None) -> None:
+        """Every rank its own file, between rank 0's removal of an old marker there and the new one. Never raises."""
+        trouble = _try(lambda: also.begin(folder)) if self._ctx.is_main else ""
+        try:
+            troubles = self._gather(trouble)
+            trouble = _try(lambda: also.put(folder, file.name)) if file is not None else ""
+            troubles += self._gather(trouble)
+        except RuntimeError as error:  # Another rank took longer than the group waits.
+            troubles = [str(error)]
+        if self._ctx.is_main:
+            found = [line for line in troubles if line] or [_try(lambda: also.put(folder, MANIFEST, COMPLETE))]
+            if any(found):
+                warn(f"{folder.name} is here and not in checkpoint.mirror ({'; '.join(found[:3])})")
 
     def _gather(self, value: Any) -> list[Any]:
         """`value` of every rank."""
@@ -182,6 +195,32 @@ class Saver:
             raise outcome[0]
 
 
+class Copier(Protocol):
+    """A second home for finished checkpoints. Both raise OSError."""
+
+    def begin(self, folder: Path) -> None:
+        """What is there under the name of `folder` is finished no more."""
+
+    def put(self, folder: Path, *names: str) -> None:
+        """Copy these files of `folder`, in this order."""
+
+
+def _group() -> dist.ProcessGroup | None:
+    """A group for the background alone; a wait ends when a rank takes hours longer than another."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+
+
+def _try(work: Callable[[], None]) -> str:
+    """What goes wrong in `work`; empty: nothing."""
+    try:
+        work()
+    except OSError as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
 def _make_room(folder: Path, partial: Path, size: int) -> None:
     """An empty folder to write into, on a disk that has `size` bytes (635)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,66 +237,3 @@ def _unwritten(folder: Path, troubles: Sequence[str]) -> EngineError:
     rule = f"it could not be written ({'; '.join(troubles[:3])}); checkpoints from before are as they were"
     way_out = f"{_WAIT}, that all hosts share and this user may write"
     return CheckpointError.of(636, "run.dir", folder, rule, way_out)
-
-
-def commit(
-    folder: Path, facts: dict[str, Any], written: Sequence[tuple[ShardFile, Mapping[tuple[str, str], tuple[int, ...]]]]
-) -> None:
-    """Turn FOLDER.partial, into which every rank has written its file, into the checkpoint `folder`.
-
-    Args:
-        written: each file, and the shape of each logical tensor in it by kind and name.
-
-    Raises:
-        OSError: it cannot be written, or the files lack elements.
-    """
-    partial = folder.with_name(folder.name + PARTIAL)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for _, found in written:
-        for (kind, name), shape in found.items():
-            shapes.setdefault(kind, {})[name] = shape
-    manifest = Manifest(facts, shapes, tuple(file for file, _ in written))
-    gaps = manifest.gaps()
-    if gaps:
-        raise OSError(f"the ranks' parts do not make up {gaps[:3]}")
-    content = manifest.encode()
-    write_durably(partial / MANIFEST, content)
-    sync_folder(partial)
-    old = folder.with_name(f"{folder.name}.old")
-    if folder.exists():
-        # Only where a run goes on from before it: a checkpoint of the same step that it could not use, or was not to.
-        (folder / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(partial, folder)
-    sync_folder(folder.parent)
-    try:
-        write_durably(folder / f"{COMPLETE}.tmp", seal(content).encode())
-        os.rename(folder / f"{COMPLETE}.tmp", folder / COMPLETE)
-        sync_folder(folder)
-    except OSError:
-        # Without a marker nobody would ever remove it, and it fills the disk for the ones to come.
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file that is on disk when this returns. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

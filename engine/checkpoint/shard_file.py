@@ -94,8 +94,21 @@ class Snapshot:
     def __init__(self, parts: Sequence[Source], *, pinned: bool) -> None:
         self._size = sum(part.rectangle.size for part in parts)
         # Zeros, so that the pages are there: the first touch of a page costs more than the copy into it.
-        self._buffer = torch.zeros(self._size, dtype=torch.float32, pin_memory=pinned)
-        self._pinned = pinned
+        self._buffer = torch.zeros(self._size, dtype=torch.float32)
+        self._pinned = pinned and self._size > 0
+        if self._pinned:
+            # torch's own page-locked memory is rounded up to a power of two, and never given back.
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*self._extent, 0))
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        return self._buffer.data_ptr(), self._size * ITEM
+
+    def free(self) -> None:
+        """Give the memory back. Nothing may be copied afterwards."""
+        if self._pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._extent[0]))
+        self._buffer, self._pinned, self._size = torch.empty(0), False, 0
 
     @torch.no_grad()
     def take(self, parts: Sequence[Source]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from engine.config import schema, schema_data
+from engine.config import schema, schema_data, schema_launch, schema_search
 from engine.config.schema import Config
 from engine.errors import nearest
 
@@ -40,6 +40,8 @@ class Option:
             text = names[inner]
         elif isinstance(inner, type) and issubclass(inner, Enum):
             text = f"one of {', '.join(inner.__members__)}"
+        elif typing.get_origin(inner) is list:
+            text = "a list"
         else:
             text = "a mapping"
         return f"{text} or null" if type(None) in _union(self.kind) else text
@@ -63,32 +65,41 @@ def sections() -> dict[str, type[Any]]:
 @functools.cache
 def options() -> dict[str, Option]:
     """Path -> option, for every section in order."""
-    docs = _docstrings()
     found = {}
     for section, cls in sections().items():
-        kinds = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            path = f"{section}.{field.name}"
-            found[path] = Option(path, kinds[field.name], default, docs.get((cls.__name__, field.name), ""))
+        found.update(_below(section, cls))
+    return found
+
+
+def _below(path: str, cls: type[Any]) -> dict[str, Option]:
+    """The options of a section, and of the sections in it."""
+    docs, kinds, found = _docstrings(), typing.get_type_hints(cls), dict[str, Option]()
+    for field in dataclasses.fields(cls):
+        name, kind = f"{path}.{field.name}", kinds[field.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found.update(_below(name, kind))
+            continue
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        found[name] = Option(name, kind, default, docs.get((cls.__name__, field.name), ""))
     return found
 
 
 def find(path: str) -> Option | None:
     """The option at `path`; a path below a mapping gives that mapping."""
-    known = options()
-    option = known.get(path) or known.get(".".join(path.split(".")[:2]))
+    known, parts = options(), path.split(".")
+    above = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
+    option = next((known[name] for name in above if name in known), None)
     return option if option and (option.path == path or option.is_mapping) else None
 
 
 def similar(path: str) -> str:
     """Way out for a misspelt path: the same name in another section, or the nearest names where it was looked for."""
     section, _, name = path.partition(".")
-    twins = [known for known in options() if known.split(".")[1] == (name or section)]
+    twins = [known for known in options() if known.split(".")[-1] == (name or section)]
     if twins:
         return f"Use {' or '.join(twins)}"
     if section in sections():
-        return nearest(name, (field.name for field in dataclasses.fields(sections()[section])))
+        return nearest(name, (known.partition(".")[2] for known in options() if known.startswith(f"{section}.")))
     return nearest(section, sections())
 
 
@@ -101,7 +112,7 @@ def is_missing(option: Option) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string that follows the field in the source; Python itself does not keep it."""
     found = {}
-    sources = [inspect.getsource(module) for module in (schema, schema_data)]
+    sources = [inspect.getsource(module) for module in (schema, schema_data, schema_launch, schema_search)]
     for node in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -1,8 +1,9 @@
-"""Rules for the optimizer's schedule, a run's folder and state, and the DeepSpeed bridge (308..313, 355, 380..382)."""
+"""Rules for the optimizer's schedule, a run's folder and state, and DeepSpeed (308..313, 355, 380..382, 384)."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from engine.config.deepspeed_keys import KNOWN, OWNED
 from engine.config.derived import cooldown_steps, warmup_steps, writes_checkpoints
@@ -68,7 +69,7 @@ def run_violations(cfg: Config) -> list[Violation]:
 
 
 def state_violations(cfg: Config) -> list[Violation]:
-    """One beginning (380, 381); state that is saved or loaded is where Octant can reach it (382)."""
+    """One beginning (380, 381) that stays (384); state that is saved or loaded is where Octant can reach it (382)."""
     found = []
     run, checkpoint, zero = cfg.run, cfg.checkpoint, cfg.zero
     if run.resume and run.overwrite:
@@ -79,6 +80,13 @@ def state_violations(cfg: Config) -> list[Violation]:
         rule = "checkpoint.initial_weights is set too, and a state has weights of its own"
         way_out = "Use checkpoint.load=null to start from the weights, or checkpoint.initial_weights=null to go on"
         found.append(Violation(code=381, option="checkpoint.load", value=checkpoint.load, rule=rule, way_out=way_out))
+    own = Path(run.dir, run.name).absolute()
+    for option in ("load", "initial_weights"):
+        value = getattr(checkpoint, option)
+        if run.overwrite and value is not None and own in (Path(value).absolute(), *Path(value).absolute().parents):
+            rule = f"run.overwrite=true removes it: it lies in {run.dir}/{run.name}"
+            way_out = f"Use another run.name, such as run.name={run.name}-2, without run.overwrite"
+            found.append(Violation(code=384, option=f"checkpoint.{option}", value=value, rule=rule, way_out=way_out))
     where = {
         "zero.offload_optimizer": zero.offload_optimizer is Offload.nvme and zero.offload_optimizer,
         "zero.offload_params": zero.offload_params is Offload.nvme and zero.offload_params,

@@ -32,6 +32,7 @@ from engine.config.enums import (
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
 from engine.config.schema_launch import LaunchConfig
+from engine.config.schema_search import SearchConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -282,6 +283,7 @@ class Config:
     train: TrainingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)

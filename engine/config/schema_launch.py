@@ -20,6 +20,10 @@ class SlurmConfig:
     """Seconds before the limit at which Slurm warns, so that the state is saved and the job put back into the queue."""
     jobs: int = 1
     """Jobs of the chain that are submitted at once; each waits for the one before and goes on with its state."""
+    trials: str | None = None
+    """File with more overrides in each line, quoted as in a shell: one trial, and one task of an array, for each."""
+    trials_at_once: int = 8
+    """Trials that may run at the same time."""
     container: str | None = None
     """Image for srun's --container-image (pyxis); none: the environment of the host."""
     extra: list[str] = field(default_factory=list)
@@ -46,6 +50,8 @@ class KubernetesConfig:
     """Secret with the key WANDB_API_KEY."""
     grace_s: int = 600
     """Seconds between SIGTERM and SIGKILL: longer than a save takes."""
+    retries: int = 3
+    """Restarts of all pods after failures; refusals are not tried again, and saved stops do not count."""
 
 
 @dataclass(slots=True, kw_only=True)

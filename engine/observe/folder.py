@@ -15,8 +15,8 @@ from engine.errors import CheckpointError
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 
-_locks: list[TextIO] = []
-"""Open lock files: the kernel drops a lock when its file is closed."""
+_locks: dict[Path, TextIO] = {}
+"""Open lock files by folder: the kernel drops a lock when its file is closed."""
 
 OWNED = (
     METRICS_FILE,
@@ -25,6 +25,7 @@ OWNED = (
     "loss.png",
     "weights",
     "weights.partial",
+    "weights.old",
     "checkpoints",
     "summary.json",
     "profile",
@@ -40,8 +41,7 @@ def open_run_folder(cfg: RunConfig) -> Path:
     Raises:
         CheckpointError: 604 another process is writing there; see also `usable_run_folder`.
     """
-    folder = usable_run_folder(cfg)
-    _hold(folder, cfg.name)
+    folder = hold_run_folder(cfg)
     if cfg.overwrite:
         try:
             _remove_owned(folder)
@@ -75,8 +75,17 @@ def usable_run_folder(cfg: RunConfig) -> Path:
     return folder
 
 
-def _hold(folder: Path, name: str) -> None:
-    """Keep other runs out of the folder until this process ends; where the file system knows no locks, do without."""
+def hold_run_folder(cfg: RunConfig) -> Path:
+    """Keep other runs out of `<dir>/<name>/` until this process ends, and return it. Where the file system knows no
+    locks, do without.
+
+    Raises:
+        CheckpointError: 604 another process is writing there; see also `usable_run_folder`.
+    """
+    folder = usable_run_folder(cfg)
+    key = folder.resolve()
+    if key in _locks:
+        return folder
     lock = (folder / LOCK_FILE).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,13 +93,14 @@ def _hold(folder: Path, name: str) -> None:
         raise CheckpointError.of(
             604,
             "run.name",
-            name,
+            cfg.name,
             f"another run is writing into {folder}",
-            f"Use run.name={_free_name(folder.parent, name)}, or wait for it to end",
+            f"Use run.name={_free_name(folder.parent, cfg.name)}, or wait for it to end",
         ) from error
     except OSError:
         pass
-    _locks.append(lock)
+    _locks[key] = lock
+    return folder
 
 
 def _not_writable(dir: str, folder: Path, error: OSError) -> Exception:

@@ -6,9 +6,9 @@ import sys
 
 from engine.config import entry
 from engine.errors import LaunchError, nearest
-from engine.study import parity, timeline
+from engine.study import network, parity, timeline
 
-STUDIES = {"parity": parity.main, "timeline": timeline.main}
+STUDIES = {"parity": parity.main, "timeline": timeline.main, "network": network.main}
 
 
 def main(argv: list[str]) -> int:

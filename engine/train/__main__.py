@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 
-from engine.config import launch_env, rules
+from engine.config import entry, launch_env, rules
 from engine.config.load import HelpRequested, load
 from engine.errors import EngineError, LaunchError
 from engine.observe.log import is_main
@@ -18,6 +18,10 @@ SILENT_WAIT_S = 5.0
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 trained, 1 failed, 2 refused (reasons are on stderr), 75 saved and stopped, 130 interrupted."""
+    if {"-m", "--multirun"} & set(argv):
+        from engine.tune import multirun
+
+        return entry.run(lambda: multirun.main(argv))
     try:
         cfg = load(argv)
         env = launch_env.read(os.environ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from engine.checkpoint.manifest import is_complete
 from engine.checkpoint.mirror import Mirror
 from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import LOAD, candidates, require_same_tensors
-from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder, tidy
+from engine.checkpoint.retention import CHECKPOINTS, complete_steps, set_aside, step_folder, tidy
 from engine.checkpoint.save import Saver
 from engine.config.load import config_hash, to_dict
 from engine.config.schema import Config
@@ -37,7 +38,7 @@ class Facts:
     """What a checkpoint says of its run."""
 
     def __init__(self, engine: Engine, cfg: Config, fingerprint: str, start: Cursor) -> None:
-        self._start, self._size = start, global_batch(cfg, engine.ctx)
+        self.start, self._size = start, global_batch(cfg, engine.ctx)
         self._metrics: dict[int, dict[str, float | str]] = {}
         self._fixed = {
             "config": to_dict(cfg),
@@ -60,7 +61,7 @@ class Facts:
 
     def after(self, step: int) -> dict[str, Any]:
         """The facts after `step` steps."""
-        cursor = self._start.after(step, self._size)
+        cursor = self.start.after(step, self._size)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return {
             "step": step,
@@ -80,29 +81,34 @@ class Checkpoints(Quiet):
 
     def __init__(self, engine: Engine, cfg: Config, folder: Path, facts: Facts, stop: StopSignal) -> None:
         self._cfg, self._folder, self._facts, self._stop = cfg, folder, facts, stop
-        mirror = cfg.checkpoint.mirror and Mirror(cfg.checkpoint.mirror)
-        copy = (lambda path, names: mirror.put(path, *names)) if mirror else None
-        self._saver = Saver(engine, asynchronous=cfg.checkpoint.asynchronous, also=copy)
+        mirror = None if cfg.checkpoint.mirror is None else Mirror(cfg.checkpoint.mirror)
+        self._saver = Saver(engine, asynchronous=cfg.checkpoint.asynchronous, also=mirror)
         self._main = engine.ctx.is_main
         self._stall_s, self._count = 0.0, 0
         self._trouble: CheckpointError | None = None
 
     def before_training(self) -> None:
+        if self._main:
+            for path in set_aside(self._folder / CHECKPOINTS, self._facts.start.step):
+                say(f"{path} is of a later step than the run goes on from: set aside")
         if self._cfg.checkpoint.asynchronous:
             # Page-locked memory takes seconds to get: not while a step waits.
             self._saver.prepare()
 
     def after_step(self, step: int, result: StepResult, lr: float, data_wait_s: float) -> None:
         stop = self._stop.agreed()
+        if self._saver.failed:
+            self._settle()
         if not stop and step % self._cfg.checkpoint.every and step != self._cfg.train.steps:
             return
+        started = time.perf_counter()
         self._settle()
         folder = step_folder(self._folder, step)
         try:
             self._saver.save(folder, self._facts.after(step), self._committed(step))
         except CheckpointError as error:
             self._trouble = error
-        self._stall_s += self._saver.stall_s
+        self._stall_s += time.perf_counter() - started
         self._count += 1
         if stop and step != self._cfg.train.steps:
             self._stop.announce(step)
@@ -173,11 +179,18 @@ def fetch_missing(cfg: Config) -> None:
         CheckpointError: see `Mirror`.
     """
     folder = Path(cfg.run.dir) / cfg.run.name / CHECKPOINTS
-    if cfg.run.resume and cfg.checkpoint.mirror and not complete_steps(folder):
-        mirror = Mirror(cfg.checkpoint.mirror)
-        newest = mirror.newest()
-        if newest is not None:
-            mirror.fetch(newest, folder, say)
+    if not (cfg.run.resume and cfg.checkpoint.mirror) or complete_steps(folder):
+        return
+    mirror = Mirror(cfg.checkpoint.mirror)
+    names = mirror.steps()
+    for number, name in enumerate(names):
+        try:
+            mirror.fetch(name, folder, say)
+            return
+        except CheckpointError as error:
+            if number + 1 == len(names):
+                raise
+            say(f"{error}\ngoing on with the one before, {names[number + 1]}")
 
 
 def shapes_of(tensors: Mapping[str, LogicalTensor]) -> dict[str, tuple[int, ...]]:

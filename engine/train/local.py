@@ -74,7 +74,7 @@ def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -
     0 when all end well, 75 when some have saved and stopped, else that of the first that fails, or 128 and its signal.
     """
     sys.stdout.flush()
-    ranks = [subprocess.Popen(words, env=env, preexec_fn=_die_with(os.getpid())) for env in environments]
+    ranks = [subprocess.Popen(words, env=env, preexec_fn=die_with(os.getpid())) for env in environments]
     before = {number: signal.signal(number, partial(_forward, ranks)) for number in (*FORWARDED, signal.SIGINT)}
     try:
         return _watch(ranks)
@@ -83,7 +83,7 @@ def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -
             signal.signal(number, handler)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def die_with(parent: int) -> Callable[[], None]:
     """What a rank does first: ask the kernel for SIGTERM when `parent` dies."""
     libc = ctypes.CDLL(None)
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from engine import runtime
-from engine.checkpoint.initial import WEIGHTS, initial_weights
-from engine.checkpoint.manifest import is_complete
+from engine.checkpoint.initial import final_step, initial_weights
+from engine.checkpoint.mirror import Mirror
 from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import load as load_state
 from engine.checkpoint.restore import open_first, open_verified, require_same_optimizer
@@ -30,17 +30,18 @@ from engine.model.build import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
-from engine.observe.folder import METRICS_FILE, open_run_folder, usable_run_folder
+from engine.observe.folder import METRICS_FILE, hold_run_folder, open_run_folder, usable_run_folder
 from engine.optim.state import kinds_of
 from engine.parallel.logical import LogicalTensor
 from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime import extensions
 from engine.topology.grid import Grid
+from engine.train import ancestors
 from engine.train.checkpoints import beginnings, changed_options, fetch_missing, require_fitting, rewind, shapes_of
 from engine.train.describe import describe
 from engine.train.hooks import standard_hooks
-from engine.train.loop import Cursor, fit
+from engine.train.loop import Cursor, StopRequested, fit
 from engine.train.stop import StopSignal
 from engine_kernels import ops  # noqa: F401  (registers the implementations)
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
@@ -60,12 +61,16 @@ def check_before_launch(cfg: Config) -> None:
 
 def is_finished(cfg: Config) -> bool:
     """Whether the run that is to be resumed has nothing left to do; says so."""
-    run = Path(cfg.run.dir) / cfg.run.name
-    done = cfg.run.resume and step_folder(run, cfg.train.steps) in complete_steps(run / CHECKPOINTS)
-    if done and (not cfg.checkpoint.save_final or is_complete(run / WEIGHTS)):
-        log.say(f"{run} has all its {cfg.train.steps} steps already: nothing to do")
-        return True
-    return False
+    run, steps = Path(cfg.run.dir) / cfg.run.name, cfg.train.steps
+    if not cfg.run.resume:
+        return False
+    if cfg.checkpoint.save_final:
+        done = final_step(run) >= steps
+    else:
+        done = step_folder(run, steps) in complete_steps(run / CHECKPOINTS)
+    if done:
+        log.say(f"{run} has all its {steps} steps already: nothing to do")
+    return done
 
 
 def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
@@ -82,11 +87,13 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
     attention = choose_attention(cfg, device)
     layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
     tensors = logical_tensors(layers)
-    if cfg.checkpoint.initial_weights is not None:
+    if cfg.checkpoint.mirror is not None:
+        Mirror(cfg.checkpoint.mirror)
+    paths, option = beginnings(cfg)
+    if cfg.checkpoint.initial_weights is not None and not paths:
         initial_weights(cfg.checkpoint.initial_weights, cfg.model, tensors, verify=verify)
     prepare_data(cfg.data, log.say, verify=verify)
     data = open_data(cfg.data, cfg.model)
-    paths, option = beginnings(cfg)
     if paths:
         reader = open_first(paths, log.say, option)
         require_fitting(reader, cfg, data.fingerprint, shapes_of(tensors), option)
@@ -127,7 +134,7 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
         log.say(line)
     initial = _zeros if empty else random_weights(cfg.train.seed)
-    if cfg.checkpoint.initial_weights is not None:
+    if cfg.checkpoint.initial_weights is not None and not empty:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     return runtime.build(layers, bounds, initial, cfg, ctx)
 
@@ -195,6 +202,8 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     """
 
     def look() -> tuple[list[Path], str]:
+        # Before it is read: the run that wrote it may not have ended yet.
+        hold_run_folder(cfg.run)
         fetch_missing(cfg)
         return beginnings(cfg)
 
@@ -215,6 +224,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     Raises:
         StopRequested: SIGTERM or SIGUSR1 came; the state is saved.
     """
+    ancestors.watch(env.launcher)
     log.configure(env.rank)
     log.quiet_libraries(cfg.logging.verbose)
     device = init.local_device(init.resolve_device_type(cfg.train.device), env.local_rank)
@@ -238,7 +248,14 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     stop = StopSignal()
     if writes_checkpoints(cfg):
         stop.install()
-    summary = fit(engine, data, cfg, standard_hooks(engine, data, cfg, folder, start, stop), start)
-    stop.restore()
+    try:
+        summary = fit(engine, data, cfg, standard_hooks(engine, data, cfg, folder, start, stop), start)
+    except StopRequested:
+        # A launcher kills the others when the first rank leaves, and rank 0 may not be done.
+        dist.barrier()
+        init.shutdown()
+        raise
+    finally:
+        stop.restore()
     init.shutdown()
     return summary

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run after the step that is being done, at the same step on every rank."""
+"""SIGTERM and SIGUSR1 end a run after the step that is being done or the next one, the same on every rank."""
 
 from __future__ import annotations
 

@@ -113,6 +113,12 @@ COMMANDS = {
     "runs/mine/checkpoints/step-00000080 --limit 5": Plan(says=("N tensors are equal, N differ",), code=1),
     "python -m engine.checkpoint export runs/mine mine_hf --dtype bf16": Plan(says=("model.safetensors: N tensors",)),
     "python -m engine.checkpoint inspect mine_hf": Plan(says=("N tensors, N bytes",)),
+    "python -m engine.study network --device cpu --ranks 2": Plan("--sizes 4096"),
+    "python -m engine.train -m optim.lr=1e-4,1e-3 parallel=single,tp2 run.name=sweep train.device=cpu "
+    "data.seq_len=64": Plan(TINY, says=("run N (grid): done, N, N s",)),
+    "python -m engine.tune report runs/sweep-grid": Plan(
+        says=("page in runs/sweep-grid/report.html; to train with the best values:",)
+    ),
     "python -m engine.plan --world 8 experiment=first_light": Plan(
         says=("global batch: N samples = N tokens; ZeRO-N", "one_f_one_b with N micro-batches: bubble N%")
     ),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checkpoint.commit import PARTIAL, commit
 from engine.checkpoint.manifest import COMPLETE, MANIFEST, Manifest, ShardFile, seal
 from engine.checkpoint.reader import Reader
-from engine.checkpoint.save import PARTIAL, commit
 from engine.checkpoint.shard_file import Snapshot, Source, placed, write_shard
 from engine.config import Config
 from engine.config.load import to_dict

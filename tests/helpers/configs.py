@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from engine.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
@@ -17,6 +18,6 @@ def make(**changes: Any) -> Config:
         run=RunConfig(name="test"),
     )
     for path, value in changes.items():
-        section, option = path.split("__", 1)
-        setattr(getattr(cfg, section), option, value)
+        sections, option = path.rsplit("__", 1)
+        setattr(attrgetter(sections.replace("__", "."))(cfg), option, value)
     return cfg

@@ -17,6 +17,7 @@ from engine.checkpoint.retention import (
     Kept,
     complete_steps,
     remnants,
+    set_aside,
     step_folder,
     superfluous,
     tidy,
@@ -162,3 +163,14 @@ def test_what_killed_saves_left_goes_up_to_the_newest_finished_one(tmp_path: Pat
     for name in left:
         (tmp_path / name).mkdir()
     assert {path.name for path in remnants(tmp_path)} == {left[0], left[1], left[2]}
+
+
+def test_checkpoints_after_the_step_that_a_run_goes_on_from_count_no_more(tmp_path: Path) -> None:
+    for step in (20, 40, 60):
+        write_checkpoint(tmp_path / f"step-{step:08d}", {"weight": {"a": torch.ones(2)}}, facts_of(step=step))
+    assert [path.name for path in set_aside(tmp_path, 20)] == ["step-00000060", "step-00000040"]
+    assert [path.name for path in complete_steps(tmp_path)] == ["step-00000020"]
+    assert (tmp_path / "step-00000060.set-aside" / COMPLETE).is_file(), "nothing is lost"
+    write_checkpoint(tmp_path / "step-00000040", {"weight": {"a": torch.ones(2)}}, facts_of(step=40))
+    tidy(tmp_path, CheckpointConfig(keep_last=1, keep_best=0), print)
+    assert [path.name for path in complete_steps(tmp_path)] == ["step-00000040"]

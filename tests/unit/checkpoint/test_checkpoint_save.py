@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import save as module
+from engine.checkpoint.commit import PARTIAL, commit
 from engine.checkpoint.manifest import COMPLETE, MANIFEST, is_complete, seal
 from engine.checkpoint.reader import Reader
-from engine.checkpoint.save import PARTIAL, Saver, commit
+from engine.checkpoint.save import Saver
 from engine.config import OptimizerName
 from engine.dist.context import ParallelContext
 from engine.errors import CheckpointError, Violation
@@ -162,19 +162,28 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     Reader(before).verify()
 
 
-def test_a_disk_that_fills_up_before_the_marker_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("target", ["x", COMPLETE])
+def test_a_commit_that_fails_leaves_what_was_there(
+    target: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = module.write_durably
+    if there:
+        write_checkpoint(tmp_path / "x", STATE, facts_of(step=1))
+    right = os.rename
 
-    def write(path: Path, content: bytes) -> None:
-        if path.name.startswith(COMPLETE):
+    def rename(source: Path, to: Path) -> None:
+        if to.name == target and source.name != "x.old":
             no_space()
-        right(path, content)
+        right(source, to)
 
-    monkeypatch.setattr(module, "write_durably", write)
+    monkeypatch.setattr(os, "rename", rename)
     assert refused(Saver(make_engine(), asynchronous=False), tmp_path / "x").code == 636
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == (["x"] if there else [])
+    if there:
+        reader = Reader(tmp_path / "x")
+        reader.verify()
+        assert reader.manifest.step == 1
 
 
 def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:

@@ -31,6 +31,16 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         "checkpoint.initial_weights is set too, and a state has weights of its own",
         "Use checkpoint.load=null to start from the weights, or checkpoint.initial_weights=null to go on",
     ),
+    *(
+        (
+            {"run__overwrite": True, "run__dir": "runs", "run__name": "a", f"checkpoint__{name}": value},
+            384,
+            f"checkpoint.{name}={value}",
+            "run.overwrite=true removes it: it lies in runs/a",
+            "Use another run.name, such as run.name=a-2, without run.overwrite",
+        )
+        for name, value in (("load", "runs/a"), ("initial_weights", "runs/a/weights"), ("load", "./runs/a/checkpoints"))
+    ),
     ({**NVME, "run__resume": True}, 382, "run.resume=True", f"zero.offload_optimizer=nvme {OUT_OF_REACH}", PLAIN),
     (
         {**NVME, "zero__offload_params": Offload.nvme, "checkpoint__load": "runs/a"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,11 @@ def test_a_finished_run_has_nothing_to_do(tmp_path: Path, capsys: pytest.Capture
     cfg = asked(run, run__resume=True, train__steps=10)
     assert not session.is_finished(cfg)
     write_checkpoint(step_folder(run, 9), STATE)
-    write_checkpoint(run / WEIGHTS, STATE)
-    assert not session.is_finished(cfg)
+    write_checkpoint(run / WEIGHTS, STATE, facts_of(step=9))
     write_checkpoint(step_folder(run, 10), STATE)
+    assert not session.is_finished(cfg), "its weights are those of fewer steps"
+    shutil.rmtree(run / WEIGHTS)
+    write_checkpoint(run / WEIGHTS, STATE, facts_of(step=10))
     assert session.is_finished(cfg)
     assert f"{run} has all its 10 steps already: nothing to do" in capsys.readouterr().out
     assert not session.is_finished(asked(run, train__steps=10)), "it was not asked to go on"
