@@ -11,7 +11,6 @@ from places import render
 from engine.config.schema import Config
 from engine.errors import Violation
 
-FOREGROUND = True
 """The command is the run itself: `submit.py` becomes it, so that signals reach it."""
 SCRIPT = "local.sh"
 

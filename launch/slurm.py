@@ -16,7 +16,6 @@ from engine.config.rules import check
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation, nearest
 
-FOREGROUND = False
 TRIALS = "trials.txt"
 _TEMPLATES = Path(__file__).with_name("slurm")
 _TIMES = (

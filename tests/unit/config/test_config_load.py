@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from engine.config import Config, ModelConfig, Norm, OptimizerName, Switch
 from engine.config.load import HelpRequested, conf_dir, config_hash, load, resolved_yaml, to_dict
 from engine.config.options import options
+from tests.helpers.repo import ROOT
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -134,3 +135,10 @@ def test_the_light_modules_do_not_import_hydra(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'hydra', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_options_of_every_module_are_explained() -> None:
+    sources = sorted((ROOT / "engine" / "config").glob("schema*.py"))
+    explained = {option.path.split(".")[0] for option in options().values() if option.doc}
+    assert len(sources) == 5
+    assert {"checkpoint", "data", "launch", "search", "train"} <= explained
