@@ -6,18 +6,14 @@ Shapes: B samples of the global batch, S positions.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
-from benchmarks.pretraining.names import logical_weights
 from engine.config.derived import warmup_steps
 from engine.config.enums import Activation, Family
 from engine.config.schema import Config, ModelConfig, OptimConfig
@@ -88,16 +84,6 @@ def _bert(model: ModelConfig) -> nn.Module:
     )
     made: nn.Module = BertForPreTraining(config)
     return made
-
-
-def write_weights(model: nn.Module, cfg: ModelConfig, folder: Path) -> None:
-    """Write the weights as a folder that `checkpoint.initial_weights` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in logical_weights(cfg, model.state_dict()).items()}
-    shard = "weights-00001-of-00001.safetensors"
-    save_file(tensors, folder / shard)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
-    (folder / "weights.safetensors.index.json").write_text(json.dumps(index))
 
 
 def rate_at(optim: OptimConfig, step: int, steps: int) -> float:

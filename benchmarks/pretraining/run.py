@@ -54,7 +54,7 @@ def compare(family: str, words: list[str], out: Path, commit: str) -> bool:
         raise SystemExit("\n".join(wrong))
     prepare(cfg.data, print)
     model = plain.build(cfg)
-    plain.write_weights(model, cfg.model, out / f"{family}-initial")
+    model.save_pretrained(out / f"{family}-initial")
     exact = plain.train(copy.deepcopy(model).double(), cfg)
     theirs = plain.train(model, cfg)
     ours = octant(words, out, family)

@@ -64,10 +64,11 @@ def is_finished(cfg: Config) -> bool:
     run, steps = Path(cfg.run.dir) / cfg.run.name, cfg.train.steps
     if not cfg.run.resume:
         return False
-    if cfg.checkpoint.save_final:
-        done = final_step(run) >= steps
-    else:
-        done = step_folder(run, steps) in complete_steps(run / CHECKPOINTS)
+    saved = complete_steps(run / CHECKPOINTS)
+    # Weights without the last checkpoint: there was no room for it, and the last steps are done again. Without any
+    # checkpoint there is nothing to go on from.
+    ended = step_folder(run, steps) == saved[0] if saved else cfg.checkpoint.save_final
+    done = ended and (not cfg.checkpoint.save_final or final_step(run) == steps)
     if done:
         log.say(f"{run} has all its {steps} steps already: nothing to do")
     return done
