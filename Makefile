@@ -4,6 +4,9 @@ PYTHON ?= python3
 # More options for `make train`, as on the command line: make train ARGS="train.steps=20 zero=z0"
 ARGS ?=
 
+# Test files at a time. Ranks of one file share the cores with those of another.
+JOBS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -12,7 +15,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check test test-slurm chaos clean
+.PHONY: help setup train check test test-slurm slurm chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,19 +45,23 @@ check: $(READY) ## lint, types, import rules, unit tests
 	  echo "Not formatted (mend with '$(BIN)/ruff format'):"; $(BIN)/ruff format --check .; exit 1; }; \
 	echo "check: mypy"; $(BIN)/mypy --no-error-summary; \
 	echo "check: imports"; $(BIN)/lint-imports --no-logo >$(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }; \
-	echo "check: unit tests"; $(BIN)/python -m pytest tests/unit -q; \
+	echo "check: unit tests"; $(BIN)/python -m pytest tests/unit -q -n $(JOBS); \
 	echo "check: all passed in $$(($$(date +%s) - start)) s"
 
-test: check ## check, then the tests that start ranks and the documentation's commands
-	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit
+test: check slurm ## check, then the tests that start ranks and the documentation's commands
+	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit -n $(JOBS) --dist loadfile
 
-test-slurm: $(READY) ## install a Slurm (Debian, root) and run the batch scripts on it
-	@command -v slurmd >/dev/null && command -v slurmctld >/dev/null || { \
-	  echo "test-slurm: installing slurm-wlm"; apt-get update -qq && apt-get install -y -qq slurm-wlm >/dev/null; }
+test-slurm: $(READY) slurm ## run the batch scripts on a Slurm of this machine (needs root; installs Debian's)
 	@$(BIN)/python -m pytest tests/launch/test_slurm.py -q -rs
 
-chaos: $(READY) ## SIGTERM at 20 random moments under each launcher (about an hour)
-	@OCTANT_CHAOS=20 $(BIN)/python -m pytest tests/ranks/test_signals.py -q
+slurm:
+	@{ command -v slurmd && command -v slurmctld; } >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "slurm: installing slurm-wlm" && \
+	  timeout 300 sh -c 'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y slurm-wlm' \
+	    >$(VENV)/slurm.log 2>&1; } || echo "slurm: not here, and it cannot be installed: its tests are skipped"
+
+chaos: $(READY) slurm ## SIGTERM at 20 random moments under each launcher (about an hour)
+	@OCTANT_CHAOS=20 $(BIN)/python -m pytest tests/ranks/test_signals.py -q -n $(JOBS) --dist load
 
 clean: ## remove runs, caches and build results (ALL=1: .venv too)
 	@rm -rf runs multirun build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -13,15 +13,17 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from engine.config import entry, rules
+from engine.config.derived import writes_checkpoints
 from engine.config.enums import Device, LaunchTarget
 from engine.config.load import load
-from engine.config.overrides import split
+from engine.config.overrides import is_file, split
 from engine.config.schema import Config
-from engine.errors import LaunchError, Violation
+from engine.errors import ConfigError, LaunchError, Violation
 from engine.plan import host
 
 FOLDER = "launch"
@@ -40,6 +42,9 @@ def main(argv: list[str]) -> int:
         print(f"wrote {folder / name}")
     command = target.command(cfg, folder)
     ranks = f"{cfg.launch.nodes} x {cfg.launch.ranks_per_node} ranks"
+    if not writes_checkpoints(cfg) and not _foreground(cfg):
+        options = f"checkpoint.every={cfg.checkpoint.every} and train.steps={cfg.train.steps}"
+        print(f"{options}: it saves when it is told to stop, and begins anew after a crash")
     print(f"{ranks} of {cfg.run.name}, started by:\n  {shlex.join(command)}", flush=True)
     if cfg.launch.dry_run:
         print("launch.dry_run=true: nothing is submitted")
@@ -77,6 +82,17 @@ def training_words(argv: list[str], cfg: Config) -> list[str]:
         )
         for word in [*words, f"run.name={cfg.run.name}", f"run.dir={cfg.run.dir}"]
         if len(word.splitlines()) > 1
+    ]
+    found += [
+        Violation(
+            code=539,
+            option=word.lstrip("+").partition("=")[0],
+            value=word.partition("=")[2],
+            rule="pods see the files of the image only",
+            way_out="Copy it into conf/ before the image is built, and choose it by its name",
+        )
+        for word in words
+        if cfg.launch.target is LaunchTarget.kubernetes and is_file(word.partition("=")[2])
     ]
     if cfg.run.overwrite:
         rule = "what is submitted can be started again, and each start would begin by removing the state"
@@ -154,8 +170,20 @@ def require(cfg: Config, target: ModuleType, words: list[str], world_size: int) 
         found += target.trial_errors(cfg, words, world_size)
     if not found and cfg.launch.target is LaunchTarget.local:
         host.require(cfg, world_size, world_size)
+    if not found and cfg.launch.target is LaunchTarget.kubernetes:
+        _require_pod_memory(cfg, target, world_size)
     if found:
         raise LaunchError(found)
+
+
+def _require_pod_memory(cfg: Config, target: ModuleType, world_size: int) -> None:
+    """Refuse what does not fit into the memory of a pod (345, 383), which Kubernetes would kill for it."""
+    limit = cfg.launch.kubernetes.memory
+    try:
+        host.require(cfg, world_size, cfg.launch.ranks_per_node or 1, int(target.memory_bytes(limit) or 0))
+    except ConfigError as error:
+        more = f", or more than launch.kubernetes.memory={limit}"
+        raise LaunchError([replace(one, way_out=one.way_out + more) for one in error.violations]) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -35,8 +38,8 @@ class HelpRequested(Exception):
 def load(argv: Sequence[str], *, config_name: str = "train", folder: Path | None = None) -> Config:
     """Compose `<config_name>.yaml` with the overrides in `argv` (without the program name).
 
-    Accepts `section.option=value`, `group=choice`, `+x=y`, `~x`, `-h`, `--help`, `--cfg job`; drops the `--local_rank`
-    that launchers append. `folder` is where the YAML files are, by default `conf_dir()`.
+    Accepts `section.option=value`, `group=choice`, `group=path/of/a.yaml`, `+x=y`, `~x`, `-h`, `--help`, `--cfg job`;
+    drops the `--local_rank` that launchers append. `folder` is where the YAML files are, by default `conf_dir()`.
 
     Raises `HelpRequested`, or `ConfigError`: unknown option (101), wrong type (102), unknown group choice (103),
     missing value (104), malformed override (105), unknown flag (106), unreadable YAML file (107), no YAML files (108),
@@ -46,10 +49,26 @@ def load(argv: Sequence[str], *, config_name: str = "train", folder: Path | None
     command = overrides.split(argv)
     if command.help:
         raise HelpRequested(help_text(folder))
-    cfg = _compose(overrides.checked(command.overrides, folder), config_name, folder)
+    words = overrides.checked(command.overrides, folder)
+    with _searched(overrides.files(command.overrides, folder)) as more:
+        cfg = _compose([*more, *words], config_name, folder)
     if command.show:
         raise HelpRequested(resolved_yaml(cfg))
     return cfg
+
+
+@contextmanager
+def _searched(files: Mapping[str, Path]) -> Iterator[list[str]]:
+    """The overrides that let Hydra find files which lie outside the folder of its groups."""
+    if not files:
+        yield []
+        return
+    with TemporaryDirectory(prefix="octant-conf-") as root:
+        for name, path in files.items():
+            copy = Path(root, f"{name}.yaml")
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+        yield [f"hydra.searchpath=[file://{root}]"]
 
 
 def _compose(checked: list[str], config_name: str, folder: Path) -> Config:

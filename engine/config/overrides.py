@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from engine.config.options import find, sections, similar
 from engine.errors import ConfigError, Violation, nearest
 
+_YAML = (".yaml", ".yml")
 FLAGS = ("--help", "-h", "--cfg job")
 
 
@@ -74,15 +75,40 @@ def groups(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and choices(folder, path.name))
 
 
+def files(raw: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The YAML files that are chosen by their path, as in `experiment=runs/search/best.yaml`: "group/name" -> path.
+
+    `checked` uses the same names.
+    """
+    found = {}
+    for text in raw:
+        key, _, value = text.lstrip("+").partition("=")
+        if is_file(value) and (key in groups(folder) or key in sections()):
+            found[f"{key}/{_name(key, value, folder)}"] = Path(value).absolute()
+    return found
+
+
+def is_file(value: str) -> bool:
+    """Whether a choice is the path of a YAML file."""
+    return value.endswith(_YAML) and Path(value).is_file()
+
+
+def _name(group: str, path: str, folder: Path) -> str:
+    """Name of a choice that is a file, unlike those of `folder`."""
+    stem = Path(path).stem
+    return f"{stem}-file" if stem in choices(folder, group) else stem
+
+
 def choice_violation(group: str, value: object, folder: Path) -> Violation:
     """`group=value` names no YAML file."""
     known = choices(folder, group)
     value = "null" if value is None else value
+    path = str(value).endswith(_YAML)
     return Violation(
         code=103,
         option=group,
         value=value,
-        rule=f"no such choice, there is no {group}/{value}.yaml",
+        rule=f"there is no file {value}" if path else f"no such choice, there is no {group}/{value}.yaml",
         way_out=nearest(str(value), known) if known else f"Set options of {group} one by one",
     )
 
@@ -131,6 +157,8 @@ def _checked_group(override: Override, bare: str, folder: Path) -> str | Violati
         return f"~{group}"
     if value is None and group not in sections():
         return f"~{group}"
+    if is_file(str(value)):
+        return f"{bare.partition('=')[0]}={_name(group, str(value), folder)}"
     return bare if str(value) in choices(folder, group) else choice_violation(group, value, folder)
 
 

@@ -82,9 +82,11 @@ def init_process_group(env: LaunchEnv, device: torch.device, timeout_s: float) -
     """Join the job's default process group: NCCL on GPUs, gloo on CPUs."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    alone = env.world_size == 1
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{env.master_addr}:{env.master_port}",
+        init_method=None if alone else f"tcp://{env.master_addr}:{env.master_port}",
+        store=dist.HashStore() if alone else None,
         rank=env.rank,
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),

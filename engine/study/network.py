@@ -67,11 +67,13 @@ def _start_local(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     cuda = init.resolve_device_type(Device[options.device]) == "cuda"
     count = options.ranks or (torch.cuda.device_count() if cuda else LOCAL_CPU_RANKS)
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(local.alone().master_port)}
+    store, meeting = local.meeting_point()
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), **meeting}
     places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     words = [sys.executable, "-m", "engine.study", "network", *argv]
-    return local.supervise(words, [os.environ | place for place in places])
+    code = local.supervise(words, [os.environ | place for place in places])
+    del store  # It has to outlive the ranks.
+    return code
 
 
 def _join(env: LaunchEnv, store: dist.Store, device: torch.device, timeout_s: float) -> None:

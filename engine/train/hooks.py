@@ -12,7 +12,7 @@ import torch
 
 from engine.config.derived import writes_checkpoints
 from engine.config.enums import WandbMode
-from engine.config.load import to_dict
+from engine.config.load import config_hash, to_dict
 from engine.config.schema import Config
 from engine.data import Data
 from engine.observe.flops import mfu, peak_flops
@@ -92,7 +92,7 @@ class Metrics(Quiet):
 
     def after_training(self, summary: dict[str, Any]) -> None:
         self._progress.close()
-        summary["steps"] = self._cfg.train.steps
+        summary |= {"steps": self._cfg.train.steps, "config_hash": config_hash(self._cfg)}
         summary["data_wait_share"] = self._all_waited_s / self._all_steps_s if self._all_steps_s else 0.0
         summary |= {f"final_{name}" if name == "loss" else name: value for name, value in self._last.items()}
 

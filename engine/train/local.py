@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from functools import partial
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from engine.config.launch_env import LaunchEnv
 from engine.config.schema import Config
@@ -60,12 +60,25 @@ def start_ranks(count: int, cfg: Config, argv: list[str]) -> int:
     process dies in whatever way, the kernel sends them SIGTERM.
     """
     local = count if resolve_device_type(cfg.train.device) == "cpu" else 1
-    port, common = _free_port(), dict(os.environ)
+    store, meeting = meeting_point()
+    common = dict(os.environ) | meeting
     common.setdefault("OMP_NUM_THREADS", str(cpu_threads(cfg.train.cpu_threads, local)))
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting} for rank in range(count)]
-    return supervise([sys.executable, "-m", "engine.train", *argv], [common | place for place in places])
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes} for rank in range(count)]
+    code = supervise([sys.executable, "-m", "engine.train", *argv], [common | place for place in places])
+    del store  # It has to outlive the ranks.
+    return code
+
+
+def meeting_point() -> tuple[dist.TCPStore, dict[str, str]]:
+    """A store of this process for ranks on this machine, and the variables that lead them to it.
+
+    A port that is looked for and left to rank 0 may be taken by another program before rank 0 listens there.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # The name by which torch knows that whoever started the ranks listens.
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, meeting
 
 
 def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
@@ -120,21 +133,14 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(_POLL_S)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def alone() -> LaunchEnv:
-    """The place of a single rank that no launcher started."""
+    """The place of a single rank that no launcher started; it meets nobody, and needs no port."""
     return LaunchEnv(
         rank=0,
         world_size=1,
         local_rank=0,
         local_world_size=1,
         master_addr="127.0.0.1",
-        master_port=_free_port(),
+        master_port=0,
         launcher="none",
     )

@@ -6,6 +6,8 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,18 +49,21 @@ def main(argv: Sequence[str]) -> int:
     array = cfg.launch.target is LaunchTarget.slurm
     places = [] if array else slots(cfg)
     with _held(folder_of(asked)) as root:
+        begun = (root / records.SWEEP_FILE).is_file()
         open_search(asked, root)
         trials = records.read(root)
         if not trials and cfg.search.method is SearchMethod.grid:
             trials = grid.combinations(root, asked, common_words(asked))
             for trial in trials:
                 records.write(root, trial)
-        if array:
-            say(f"{len(trials)} runs, the words of each on a line of {grid.write_words(root, trials)}")
-            return 0
         for trial in trials:
             if records.settle(root, trial, cfg.search.metric):
                 records.write(root, trial)
+        if array:
+            code = submit(asked, root, trials, argv)
+            if code != 0 and not begun:
+                clear(root)
+            return code
         number = drive(source_of(root, asked, trials), Runner(root, places, cfg.search.metric))
     if number is not None:
         say(f"search ended early; the same command goes on with it ({root})")
@@ -82,11 +87,7 @@ def open_search(asked: Sweep, root: Path) -> None:
         LaunchError: 580 the folder holds another search.
     """
     if asked.cfg.run.overwrite and (root / records.SWEEP_FILE).is_file():
-        for path in root.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
-                path.unlink()
+        clear(root)
     ours = definition_of(asked)
     if not (root / records.SWEEP_FILE).is_file():
         records.write_json(root / records.SWEEP_FILE, ours)
@@ -96,6 +97,41 @@ def open_search(asked: Sweep, root: Path) -> None:
         rule = f"{root} holds a search with other {' and '.join(changed)}"
         way_out = f"Use search.study={root.name}-2, the same words to go on with it, or run.overwrite=true"
         raise LaunchError.of(580, "search.study", root.name, rule, way_out)
+
+
+def clear(root: Path) -> None:
+    """Empty the folder of a search that this process holds."""
+    for path in root.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
+def submit(asked: Sweep, root: Path, trials: Sequence[records.Trial], argv: Sequence[str]) -> int:
+    """Hand the runs that have not ended to Slurm, as an array of jobs; the exit code of launch/submit.py.
+
+    Raises:
+        LaunchError: 590 this installation has no launch/submit.py.
+    """
+    waiting = [trial for trial in trials if trial.status in records.OPEN]
+    if not waiting:
+        say(f"all {len(trials)} runs have ended: python -m engine.tune report {root}")
+        return 0
+    script = Path(__file__).parents[2] / "launch" / "submit.py"
+    if not script.is_file():
+        rule = f"jobs are submitted by launch/submit.py of a checkout, and there is no {script}"
+        raise LaunchError.of(590, "launch", "slurm", rule, "Search from a checkout, or use launch=local inside a job")
+    path = grid.write_words(root, waiting)
+    say(f"{len(waiting)} runs, the words of each on a line of {path}")
+    own = [word for word in argv if word.startswith(("launch=", "launch."))]
+    own += [sweep.quoted("launch.slurm.trials", str(path))]
+    own += [sweep.quoted("run.dir", str(root.parent)), sweep.quoted("run.name", root.name)]
+    first = [axis.first for axis in asked.axes]
+    code = subprocess.run([sys.executable, str(script), *asked.words, *first, *own]).returncode
+    if code == 0:
+        say(f"when jobs have ended: python -m engine.tune report {root}")
+    return code
 
 
 def definition_of(asked: Sweep) -> dict[str, Any]:

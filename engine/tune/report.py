@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if len(final) > 1:
         say(f"{len(final)} whole runs of these values: {mean(final):.4f}, standard deviation {stdev(final):.4f}")
     say(f"page in {root / PAGE_FILE}; to train with the best values:")
-    say(f"cp {root / BEST_FILE} conf/experiment/NAME.yaml && python -m engine.train experiment=NAME run.name=NAME")
+    say(f"python -m engine.train experiment={root / BEST_FILE} run.name=NAME")
     return 0
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from engine.dist.spawn import PRELOAD as BASE
 from engine.study.parity import PRELOAD
-from tests.helpers.command import Done, free_port
+from engine.train.local import meeting_point
+from tests.helpers.command import Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Training:
         context.set_forkserver_preload([*BASE, *PRELOAD])
         self._folder = tempfile.TemporaryDirectory(prefix="octant-forked-")
         self.words, self._outputs = list(words), Path(self._folder.name)
-        port = free_port()
+        self._store, meeting = meeting_point()
         self.ranks: list[BaseProcess] = [
             context.Process(
-                target=_rank, args=(rank, world, port, self.words, self._folder.name, accident), daemon=True
+                target=_rank, args=(rank, world, meeting, self.words, self._folder.name, accident), daemon=True
             )
             for rank in range(world)
         ]
@@ -87,13 +88,15 @@ def train(words: Sequence[str], world: int = 1, accident: Accident | None = None
         return training.wait()
 
 
-def _rank(rank: int, world: int, port: int, words: list[str], folder: str, accident: Accident | None) -> None:
+def _rank(
+    rank: int, world: int, meeting: dict[str, str], words: list[str], folder: str, accident: Accident | None
+) -> None:
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder, f"{rank}.{stream}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(meeting)
     code = 1
     try:
         from engine.train import __main__ as command

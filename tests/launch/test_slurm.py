@@ -181,6 +181,19 @@ def test_an_array_runs_each_trial(slurm: Slurm) -> None:
     assert low[-1] != high[-1]
 
 
+def test_an_array_runs_a_search(slurm: Slurm) -> None:
+    start = [sys.executable, "-m", "engine.train", "-m", "launch=slurm", *MODEL, "parallel.pp=2", "train.steps=6"]
+    words = [*start, "train.eval_batches=1", "optim.lr=1e-3,2e-3", "search.study=rates"]
+    done = run_command(words, slurm.root, 120, env=slurm.env)
+    assert done.exit_code == 0, done
+    assert "python -m engine.tune report" in done.stdout
+    slurm.until("an empty queue", lambda: not slurm.run("squeue", "-h").stdout.strip())
+    report = run_command([sys.executable, "-m", "engine.tune", "report", "runs/rates"], slurm.root, 60, env=slurm.env)
+    assert report.exit_code == 0, report
+    assert report.stdout.count(" done ") == 2
+    assert (slurm.root / "runs/rates/best.yaml").is_file()
+
+
 def test_unknown_partitions_are_refused_before_anything_is_written(slurm: Slurm) -> None:
     done = submit(slurm, *TWO_NODES, *FOUR, "train.steps=5", "run.name=part", "launch.slurm.partition=mian")
     assert done.exit_code == 2

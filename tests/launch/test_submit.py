@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import entry
+from engine.errors import LaunchError
 from tests.helpers.command import Done, clean_env, run_command
 from tests.helpers.repo import ROOT
 
@@ -145,6 +146,15 @@ REFUSALS = {
         "launch=slurm run.overwrite=true",
         "[OCT543] run.overwrite=true: what is submitted can be started again, and each start would begin by removing",
     ),
+    "file of this machine": (
+        "launch=kubernetes experiment=trials.yaml launch.kubernetes.image=i launch.kubernetes.runs_claim=c",
+        "[OCT539] experiment=trials.yaml: pods see the files of the image only. Copy it into conf/",
+    ),
+    "memory of a pod": (
+        "launch=kubernetes launch.nodes=2 launch.kubernetes.memory=100Mi launch.kubernetes.shared_memory=1Mi "
+        "model=gpt2_124m checkpoint.every=1 launch.kubernetes.image=i launch.kubernetes.runs_claim=c",
+        "[OCT383] checkpoint.every=1: checkpoints of 2 ranks of this host need 0.",
+    ),
     "no folder": ("launch=local run.dir=trials", "[OCT544] run.dir="),
 }
 
@@ -156,12 +166,29 @@ def test_refusals_name_the_field_and_write_nothing(
     words, message = REFUSALS[case]
     given = [word.replace("BREAK", "'a\nb'") for word in words.split(" ")]
     (tmp_path / "trials").write_text("optim.lr=1e-3\n")
+    (tmp_path / "trials.yaml").write_text("# @package _global_\noptim:\n  lr: 1e-3\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     main = importlib.import_module("submit").main
     assert entry.run(lambda: int(main([*TRAIN, *given, "launch.dry_run=true"]))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_pod_is_given_more_memory_or_less_to_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    words, _ = REFUSALS["memory of a pod"]
+    with pytest.raises(LaunchError) as caught:
+        importlib.import_module("submit").main([*TRAIN, *words.split(), "launch.dry_run=true"])
+    assert str(caught.value).endswith(" such hosts, or more than launch.kubernetes.memory=100Mi")
+
+
+def test_a_job_without_checkpoints_is_told_so(tmp_path: Path) -> None:
+    words = [*TRAIN, "launch=slurm", "launch.dry_run=true", "checkpoint.every=100"]
+    said = "checkpoint.every=100 and train.steps=10: it saves when it is told to stop, and begins anew after a crash"
+    assert said in submit(tmp_path, *words).stdout
+    assert "begins anew" not in submit(tmp_path, *words, "checkpoint.every=5").stdout
 
 
 def test_a_wrong_trial_is_named(tmp_path: Path) -> None:

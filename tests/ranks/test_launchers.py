@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.helpers.command import Done, clean_env, free_port, kill_group, run_command, start_command
+from tests.helpers.launchers import LAUNCHERS, launcher_params, slurm_env
+
+__all__ = ["slurm_env"]
 
 pytestmark = pytest.mark.ranks
 
@@ -22,9 +23,8 @@ JOB = (
     "train.eval_batches=0 data.source=texts data.seq_len=16 data.vocab_size=300 data.valid_fraction=0 "
     "optim.lr=1e-3 checkpoint.save_final=false logging.plot=false"
 )
-PYTHON = "python -m engine.train"
-DEEPSPEED = f"deepspeed --num_gpus {RANKS} --master_port {{port}} --module engine.train"
-TORCHRUN = f"torchrun --standalone --nproc-per-node {RANKS} -m engine.train"
+PYTHON = LAUNCHERS["python"].start
+DEEPSPEED, TORCHRUN = LAUNCHERS["deepspeed"].start, LAUNCHERS["torchrun"].start
 
 # Imported by every interpreter that finds it on its path: notes the rank, and can make one rank fail at a step.
 SITE = """
@@ -67,13 +67,19 @@ def env(folder: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def launch(start: str, folder: Path, env: dict[str, str], more: str) -> Done:
-    return run_command(f"{start.format(port=free_port())} {JOB} {more}", folder, 200, env=env)
+    return run_command(f"{start.format(ranks=RANKS, port=free_port())} {JOB} {more}", folder, 200, env=env)
 
 
 def curve(folder: Path, name: str) -> list[tuple[str, str]]:
     """Loss and gradient norm of every step, as exact hexadecimal numbers."""
     rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     return [(float(row["loss"]).hex(), float(row["grad_norm"]).hex()) for row in rows if "loss" in row]
+
+
+def hash_of(folder: Path, name: str) -> str:
+    """The hash of the configuration, as the run has noted it."""
+    found: str = json.loads((folder / "runs" / name / "summary.json").read_text())["config_hash"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,37 +95,16 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tup
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "start", "last"),
-    [
-        ("deepspeed", DEEPSPEED, ""),
-        ("torchrun", TORCHRUN, ""),
-        ("torchrun-local-rank", TORCHRUN, "--local_rank=0"),
-    ],
-)
+@pytest.mark.parametrize("name", launcher_params()[1:])
 def test_every_launcher_gives_the_same_bits(
-    name: str, start: str, last: str, folder: Path, env: dict[str, str], expected: list[tuple[str, str]]
+    name: str, folder: Path, env: dict[str, str], slurm_env: dict[str, str], expected: list[tuple[str, str]]
 ) -> None:
-    done = launch(start, folder, env, f"run.name={name} {last}")
+    # torchrun of old, and DeepSpeed, append this.
+    last = "--local_rank=0" if name == "torchrun" else ""
+    done = launch(LAUNCHERS[name].start, folder, env | slurm_env, f"run.name={name} {last}")
     assert done.exit_code == 0, str(done)
     assert curve(folder, name) == expected
-
-
-def test_sigterm_ends_every_rank(folder: Path, env: dict[str, str]) -> None:
-    process = start_command(f"{PYTHON} {JOB} train.steps=100000 run.name=sigterm", folder, env=env)
-    try:
-        assert process.stdout is not None
-        assert any(line.startswith("step 1/") for line in process.stdout), "it ended before its first step"
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        assert len(ranks) >= RANKS
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
-        _, alive = psutil.wait_procs(ranks, timeout=30)
-        assert alive == []
-        assert process.returncode == 75
-        assert "run.resume=true goes on" in said
-    finally:
-        kill_group(process)
+    assert hash_of(folder, name) == hash_of(folder, "python")
 
 
 @pytest.mark.parametrize(("name", "start"), [("python", PYTHON), ("deepspeed", DEEPSPEED)])

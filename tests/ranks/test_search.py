@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.config.load import conf_dir, config_hash, load
+from engine.config.load import config_hash, load
 from engine.tune import multirun, records, report, runner
 from engine.tune.records import Status, Trial
 from tests.helpers.command import run_command
@@ -89,9 +88,7 @@ def test_a_grid_of_real_runs_records_a_refusal_and_gives_an_experiment(tmp_path:
     last = json.loads((tmp_path / "s/0/metrics.jsonl").read_text().splitlines()[-1])
     assert good.value == last["val_loss"]
     assert report.main([str(tmp_path / "s")]) == 0
-    shutil.copytree(conf_dir(), tmp_path / "conf")
-    shutil.copy(tmp_path / "s/best.yaml", tmp_path / "conf/experiment/best.yaml")
-    assert config_hash(load(["experiment=best"], folder=tmp_path / "conf")) == config_hash(load(good.words))
+    assert config_hash(load([f"+experiment={tmp_path / 's/best.yaml'}"])) == config_hash(load(good.words))
 
 
 def test_a_range_test_draws_its_curve_and_suggests_a_rate_on_it(tmp_path: Path) -> None:

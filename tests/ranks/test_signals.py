@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -14,12 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.command import free_port, kill_group, run_command, start_command
+from tests.helpers.command import clean_env, kill_group, run_command, start_command
+from tests.helpers.launchers import LAUNCHERS, family, launcher_params, slurm_env, stop
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+__all__ = ["slurm_env"]
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(3600)]
 
 RANKS = 2
-MOMENTS = int(os.environ.get("OCTANT_CHAOS", "2"))
+MOMENTS = int(os.environ.get("OCTANT_CHAOS", "1"))
 """Of each launcher; `make chaos` takes 20."""
 JOB = (
     "model=gpt_tiny model.num_layers=2 model.hidden_size=32 model.num_heads=4 model.vocab_size=263 data=random "
@@ -27,17 +29,13 @@ JOB = (
     "train.eval_batches=0 train.micro_batch=2 train.accum_steps=2 parallel.pp=2 "
     "logging.plot=false checkpoint.save_final=false run.resume=true"
 )
-LAUNCHERS = {
-    "python": "python -m engine.train",
-    "deepspeed": f"deepspeed --num_gpus {RANKS} --master_port {{port}} --module engine.train",
-    "torchrun": f"torchrun --standalone --nproc-per-node {RANKS} -m engine.train",
-}
+ENDLESS = "train.steps=100000 checkpoint.every=100000"
 END_S = 30
 
 
-def unshare_works() -> bool:
-    words = ["unshare", "-pf", "--mount-proc", "true"]
-    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
+def start(launcher: str, folder: Path, env: dict[str, str], more: str = ENDLESS) -> subprocess.Popen[str]:
+    job = f"{LAUNCHERS[launcher].command(RANKS)} {JOB} {more} run.dir={folder} run.name=run"
+    return start_command(job, folder, env=clean_env(env))
 
 
 def reached(process: subprocess.Popen[str], run: Path, step: int) -> None:
@@ -63,24 +61,25 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sigterm_to_the_top_process_saves_and_leaves_no_orphan(launcher: str, moment: int, tmp_path: Path) -> None:
-    start = LAUNCHERS[launcher].format(port=free_port())
+@pytest.mark.parametrize("launcher", launcher_params())
+def test_sigterm_to_the_top_process_saves_and_leaves_no_orphan(
+    launcher: str, moment: int, tmp_path: Path, slurm_env: dict[str, str]
+) -> None:
     step = random.Random(f"{launcher} {moment}").randrange(1, 40)
-    job = f"{start} {JOB} train.steps=100000 checkpoint.every=100000 run.dir={tmp_path} run.name=run"
-    process = start_command(job, tmp_path)
+    process = start(launcher, tmp_path, slurm_env)
     try:
         reached(process, tmp_path / "run", step)
-        below = psutil.Process(process.pid).children(recursive=True)
-        assert len(below) >= RANKS
-        process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(below, timeout=END_S)
+        everyone = family(tmp_path)
+        assert len(everyone) >= RANKS
+        stop(process, launcher, tmp_path, slurm_env)
+        _, alive = psutil.wait_procs(everyone, timeout=END_S)
         assert alive == [], f"still there {END_S} s after SIGTERM at step {step}"
-        _, said = process.communicate(timeout=END_S)
+        said, errors = process.communicate(timeout=END_S)
     finally:
         kill_group(process)
-    # torchrun ends with 1 whatever its ranks end with; DeepSpeed's runner dies by the signal.
-    assert process.returncode == {"python": 75, "deepspeed": -signal.SIGTERM, "torchrun": 1}[launcher], said
+    assert family(tmp_path) == []
+    assert process.returncode == LAUNCHERS[launcher].stopped, errors
+    assert "run.resume=true goes on" in said
     done = losses(tmp_path / "run")
     assert [number for number, _ in done] == list(range(1, len(done) + 1))
     assert len(done) >= step
@@ -88,21 +87,32 @@ def test_sigterm_to_the_top_process_saves_and_leaves_no_orphan(launcher: str, mo
     assert [int(name[5:]) for name in saved] == [len(done)]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_that_is_killed_ends_the_job(launcher: str, tmp_path: Path) -> None:
-    start = LAUNCHERS[launcher].format(port=free_port())
-    process = start_command(
-        f"{start} {JOB} train.steps=100000 checkpoint.every=100000 run.dir={tmp_path} run.name=run", tmp_path
-    )
+@pytest.mark.parametrize("launcher", launcher_params())
+def test_a_rank_that_is_killed_ends_the_job(launcher: str, tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    process = start(launcher, tmp_path, slurm_env)
     try:
         reached(process, tmp_path / "run", 2)
-        below = psutil.Process(process.pid).children(recursive=True)
-        ranks = [one for one in below if one.environ().get("RANK") == "1" and "engine.train" in " ".join(one.cmdline())]
+        everyone = family(tmp_path)
+        ranks = [one for one in everyone if "1" in (one.environ().get("RANK"), one.environ().get("SLURM_PROCID"))]
         assert ranks
         ranks[-1].kill()
-        _, alive = psutil.wait_procs(below, timeout=2 * END_S)
+        _, alive = psutil.wait_procs(everyone, timeout=2 * END_S)
         assert alive == []
         assert process.wait(timeout=END_S) not in (0, 75)
+    finally:
+        kill_group(process)
+
+
+@pytest.mark.skipif(LAUNCHERS["srun"].missing is not None, reason=str(LAUNCHERS["srun"].missing))
+def test_sigterm_to_srun_itself_leaves_no_orphan(tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    process = start("srun", tmp_path, slurm_env)
+    try:
+        reached(process, tmp_path / "run", 2)
+        everyone = family(tmp_path)
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(everyone, timeout=END_S)
+        assert alive == []
+        assert process.wait(timeout=END_S) == 128 + signal.SIGKILL
     finally:
         kill_group(process)
 
@@ -110,48 +120,23 @@ def test_a_rank_that_is_killed_ends_the_job(launcher: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_launcher_that_is_killed_takes_its_ranks_with_it(launcher: str, tmp_path: Path) -> None:
     """SIGKILL cannot be passed on: the ranks find out themselves, and save."""
-    start = LAUNCHERS[launcher].format(port=free_port())
-    process = start_command(
-        f"{start} {JOB} train.steps=100000 checkpoint.every=100000 run.dir={tmp_path} run.name=run", tmp_path
-    )
+    process = start(launcher, tmp_path, {})
     try:
         reached(process, tmp_path / "run", 2)
-        below = psutil.Process(process.pid).children(recursive=True)
+        everyone = family(tmp_path)
         process.kill()
-        _, alive = psutil.wait_procs(below, timeout=END_S)
+        _, alive = psutil.wait_procs(everyone, timeout=END_S)
         assert alive == []
     finally:
         kill_group(process)
     assert len(list(tmp_path.glob("run/checkpoints/step-*/COMPLETE"))) == 1
 
 
-@pytest.mark.skipif(not unshare_works(), reason="a namespace of processes needs unshare and the right to use it")
-def test_python_as_the_first_process_of_a_container_saves_on_sigterm(tmp_path: Path) -> None:
-    """The kernel drops signals that a first process has no handler for."""
-    job = f"python -m engine.train {JOB} train.steps=100000 checkpoint.every=100000 run.dir={tmp_path} run.name=run"
-    process = start_command(f"unshare -pf --mount-proc {job}", tmp_path)
-    try:
-        reached(process, tmp_path / "run", 3)
-        below = psutil.Process(process.pid).children(recursive=True)
-        first = psutil.Process(process.pid).children()[0]
-        first.send_signal(signal.SIGTERM)
-        said, errors = process.communicate(timeout=END_S)
-        _, alive = psutil.wait_procs(below, timeout=END_S)
-        assert alive == []
-    finally:
-        kill_group(process)
-    assert process.returncode == 75, errors
-    assert "run.resume=true goes on" in said
-
-
 def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
-    python = LAUNCHERS["python"]
-    whole = run_command(
-        f"{python} {JOB} train.steps=60 checkpoint.every=60 run.dir={tmp_path} run.name=whole", tmp_path, 120
-    )
+    length = "train.steps=60 checkpoint.every=60"
+    whole = run_command(f"python -m engine.train {JOB} {length} run.dir={tmp_path} run.name=whole", tmp_path, 120)
     assert whole.exit_code == 0, whole
-    job = f"{python} {JOB} train.steps=60 checkpoint.every=60 run.dir={tmp_path} run.name=run"
-    process = start_command(job, tmp_path)
+    process = start("python", tmp_path, {}, length)
     try:
         reached(process, tmp_path / "run", 3)
         process.send_signal(signal.SIGTERM)
@@ -160,6 +145,7 @@ def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path: Path) -> None:
         kill_group(process)
     assert process.returncode == 75
     assert len(losses(tmp_path / "run")) < 60
-    again = run_command(job, tmp_path, 120)
-    assert again.exit_code == 0, again
+    again = start("python", tmp_path, {}, length)
+    said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from engine.config import Config, ModelConfig, Norm, OptimizerName, Switch
 from engine.config.load import HelpRequested, conf_dir, config_hash, load, resolved_yaml, to_dict
 from engine.config.options import options
+from engine.errors import ConfigError
 from tests.helpers.repo import ROOT
 
 REPO = Path(__file__).resolve().parents[3]
@@ -142,3 +143,19 @@ def test_options_of_every_module_are_explained() -> None:
     explained = {option.path.split(".")[0] for option in options().values() if option.doc}
     assert len(sources) == 5
     assert {"checkpoint", "data", "launch", "search", "train"} <= explained
+
+
+def test_a_choice_may_be_a_file_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, mine = tmp_path / "best.yaml", tmp_path / "gpt_tiny.yaml"
+    best.write_text("# @package _global_\noptim:\n  lr: 0.123\n")
+    mine.write_text("defaults: [gpt_tiny, _self_]\nnum_layers: 3\n")
+    cfg = load([f"+experiment={best}", f"model={mine}", "optim.beta1=0.8"])
+    assert (cfg.optim.lr, cfg.optim.beta1, cfg.model.num_layers) == (0.123, 0.8, 3)
+    assert cfg.model.vocab_size == load(["model=gpt_tiny"]).model.vocab_size
+    monkeypatch.chdir(tmp_path)
+    assert load(["experiment=best.yaml"]).optim.lr == 0.123
+    mine.write_text("defaults: [gpt_tiny]\nnum_layer: 3\n")
+    with pytest.raises(ConfigError, match="section model has no option num_layer. Nearest: num_layers"):
+        load([f"model={mine}"])
+    with pytest.raises(ConfigError, match=r"\[OCT103\] experiment=nowhere.yaml: there is no file nowhere.yaml"):
+        load(["experiment=nowhere.yaml"])

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from engine.config import (
     Config,
@@ -170,8 +171,15 @@ def test_ranks_end_with_the_process_that_started_them() -> None:
     assert alive == []
 
 
-def test_a_single_rank_meets_itself_on_a_free_port() -> None:
+def test_a_single_rank_needs_no_port() -> None:
     env = local.alone()
-    assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == (0, 1, 0, 1)
-    with socket.socket() as probe:
-        probe.bind((env.master_addr, env.master_port))
+    assert (env.rank, env.world_size, env.local_rank, env.local_world_size, env.master_port) == (0, 1, 0, 1, 0)
+
+
+def test_ranks_meet_at_a_port_that_is_taken_already() -> None:
+    store, meeting = local.meeting_point()
+    with socket.socket() as probe, pytest.raises(OSError):
+        probe.bind((meeting["MASTER_ADDR"], int(meeting["MASTER_PORT"])))
+    guest = TCPStore(meeting["MASTER_ADDR"], int(meeting["MASTER_PORT"]), is_master=False)
+    guest.set("word", "here")
+    assert store.get("word") == b"here"

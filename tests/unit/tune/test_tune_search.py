@@ -15,7 +15,7 @@ import pytest
 from engine.config import sweep
 from engine.errors import ConfigError, EngineError, LaunchError
 from engine.tune import drive, multirun, records, report, runner
-from tests.helpers.searches import install, words
+from tests.helpers.searches import PYTHON, install, words
 
 FINE = ("search=coarse_to_fine", "optim.lr=log(1e-5,1e-1)")
 
@@ -114,14 +114,60 @@ def test_phases_too_short_for_their_options_are_refused_before_the_first_run(tmp
         multirun.main(words(tmp_path, *FINE, "optim.warmup_steps=4"))
 
 
-def test_an_array_gets_a_line_of_words_for_each_run(tmp_path: Path, capsys: Any) -> None:
+SLURM = ("optim.lr=1e-3,1e-4", "launch=slurm", "launch.dry_run=true")
+
+
+@pytest.fixture
+def real_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
+@pytest.mark.usefixtures("real_python")
+def test_an_array_gets_a_line_of_words_for_each_run_and_is_submitted(tmp_path: Path, capfd: Any) -> None:
     root = tmp_path / "it's here"
-    assert multirun.main(words(root, "optim.lr=1e-3,1e-4", "launch=slurm", "data.source='a b'")) == 0
+    more = (*SLURM, "data.source='a b'", "launch.slurm.trials_at_once=7")
+    assert multirun.main(words(root, *more)) == 0
     lines = (root / "s/words.txt").read_text().splitlines()
     split = subprocess.run(["xargs", "printf", "%s\\n"], input=lines[1], capture_output=True, text=True, check=True)
     assert split.stdout.splitlines() == records.read(root / "s")[1].words
     assert sweep.load(split.stdout.splitlines()).run.dir == str(root / "s")
-    assert str(root / "s/words.txt") in capsys.readouterr().out
+    said = capfd.readouterr().out
+    assert f"2 runs, the words of each on a line of {root / 's/words.txt'}" in said
+    assert "sbatch --parsable" in said
+    assert "#SBATCH --array=1-2%7" in (root / "s/launch/array.sbatch").read_text()
+    assert (root / "s/launch/trials.txt").read_text().splitlines() == lines
+    # Those that have ended are left out when the same command goes on.
+    finished(root / "s/0")
+    assert multirun.main(words(root, *more)) == 0
+    assert (root / "s/launch/trials.txt").read_text().splitlines() == lines[1:]
+    finished(root / "s/1")
+    assert multirun.main(words(root, *more)) == 0
+    assert f"all 2 runs have ended: python -m engine.tune report {root / 's'}" in capfd.readouterr().out
+
+
+def finished(run: Path) -> None:
+    """What a run leaves when it has ended well."""
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 8, "val_loss": 2.5}) + "\n")
+    (run / "summary.json").write_text("{}")
+
+
+@pytest.mark.usefixtures("real_python")
+def test_a_refused_array_leaves_no_search(tmp_path: Path, capfd: Any) -> None:
+    assert multirun.main(words(tmp_path, *SLURM, "launch.slurm.time=10:30")) == 2
+    assert "[OCT535] launch.slurm.time=10:30" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [".lock"]
+    assert multirun.main(words(tmp_path, *SLURM, "optim.beta2=0.9,0.95")) == 0
+    assert multirun.main(words(tmp_path, *SLURM, "optim.beta2=0.9,0.95", "launch.slurm.time=10:30")) == 2
+    assert len(records.read(tmp_path / "s")) == 4
+
+
+def test_an_array_needs_the_scripts_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multirun, "__file__", str(tmp_path / "engine/tune/multirun.py"))
+    with pytest.raises(
+        LaunchError, match=r"\[OCT590\] launch=slurm: jobs are submitted by launch/submit.py of a check"
+    ):
+        multirun.main(words(tmp_path, *SLURM))
 
 
 def test_gpus_are_shared_out_in_disjoint_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +201,9 @@ def test_a_folder_without_a_search_is_refused(tmp_path: Path) -> None:
         report.main([str(tmp_path)])
 
 
+@pytest.mark.usefixtures("real_python")
 def test_runs_of_other_jobs_are_found_by_their_folders(tmp_path: Path) -> None:
-    assert multirun.main(words(tmp_path, "optim.lr=1e-3,1e-4", "launch=slurm")) == 0
-    run = tmp_path / "s/1"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text(json.dumps({"step": 8, "val_loss": 2.5}) + "\n")
-    (run / "summary.json").write_text("{}")
+    assert multirun.main(words(tmp_path, *SLURM)) == 0
+    finished(tmp_path / "s/1")
     assert report.main([str(tmp_path / "s")]) == 0
     assert "run 1 (grid): val_loss 2.5" in (tmp_path / "s/best.yaml").read_text()
