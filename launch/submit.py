@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     ranks = f"{cfg.launch.nodes} x {cfg.launch.ranks_per_node} ranks"
     if not writes_checkpoints(cfg) and not _foreground(cfg):
         options = f"checkpoint.every={cfg.checkpoint.every} and train.steps={cfg.train.steps}"
-        print(f"{options}: it saves when it is told to stop, and begins anew after a crash")
+        print(f"{options}: no state is saved, and what is stopped begins anew")
     print(f"{ranks} of {cfg.run.name}, started by:\n  {shlex.join(command)}", flush=True)
     if cfg.launch.dry_run:
         print("launch.dry_run=true: nothing is submitted")

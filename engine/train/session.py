@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ from engine_kernels import ops  # noqa: F401  (registers the implementations)
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
 
 T = TypeVar("T")
+READY_FILE = "OCTANT_READY_FILE"
+"""Variable that names a file to create when the ranks have met and the model is built, for probes of Kubernetes."""
 
 
 def check_before_launch(cfg: Config) -> None:
@@ -246,6 +249,8 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
             log.say(line)
     for note in data.notes:
         log.say(note)
+    if env.local_rank == 0 and READY_FILE in os.environ:
+        Path(os.environ[READY_FILE]).touch()
     stop = StopSignal()
     if writes_checkpoints(cfg):
         stop.install()

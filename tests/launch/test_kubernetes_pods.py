@@ -71,10 +71,25 @@ class Kubelet:
             plain = word.replace("$$", "$")
             words.append(f"--master=127.0.0.1:{port}" if plain.startswith("--master=") else plain)
         env = {entry["name"]: entry["value"] for entry in self.container["env"] if "value" in entry}
-        return [
-            start_command(words, self.folder, env=clean_env(env | {"JOB_COMPLETION_INDEX": str(index)}))
-            for index in range(self.spec["completions"])
-        ]
+        pods = []
+        for index in range(self.spec["completions"]):
+            # /tmp is a volume of each pod.
+            own = {name: value.replace("/tmp", str(self.tmp(index))) for name, value in env.items()}
+            own["JOB_COMPLETION_INDEX"] = str(index)
+            pods.append(start_command(words, self.folder, env=clean_env(own)))
+        return pods
+
+    def tmp(self, index: int) -> Path:
+        """The volume at /tmp of a pod."""
+        folder = self.folder / f"tmp{index}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def is_ready(self, index: int) -> bool:
+        """Ask a pod's probe."""
+        command = self.container["readinessProbe"]["exec"]["command"]
+        words = [word.replace("/tmp", str(self.tmp(index))) for word in command]
+        return subprocess.run(words).returncode == 0
 
     def action(self, code: int) -> str:
         """What the Job does about a container that ended with `code`: the first rule that holds."""
@@ -109,8 +124,10 @@ def test_pods_that_are_told_to_stop_save_and_the_next_ones_finish(tmp_path: Path
     kubelet = Kubelet(documents(manifest)["Job"], tmp_path)
     pods = kubelet.start()
     try:
+        assert [kubelet.is_ready(index) for index in range(2)] == [False, False]
         assert pods[0].stdout is not None
         assert any(line.startswith("step 1/") for line in pods[0].stdout), pods[0].communicate()
+        assert [kubelet.is_ready(index) for index in range(2)] == [True, True]
         # One node is drained: only the main process of its pod hears of it.
         pods[1].send_signal(signal.SIGTERM)
         said = [pod.communicate(timeout=120) for pod in pods]

@@ -186,9 +186,9 @@ def test_a_pod_is_given_more_memory_or_less_to_hold(monkeypatch: pytest.MonkeyPa
 
 def test_a_job_without_checkpoints_is_told_so(tmp_path: Path) -> None:
     words = [*TRAIN, "launch=slurm", "launch.dry_run=true", "checkpoint.every=100"]
-    said = "checkpoint.every=100 and train.steps=10: it saves when it is told to stop, and begins anew after a crash"
+    said = "checkpoint.every=100 and train.steps=10: no state is saved, and what is stopped begins anew"
     assert said in submit(tmp_path, *words).stdout
-    assert "begins anew" not in submit(tmp_path, *words, "checkpoint.every=5").stdout
+    assert "no state is saved" not in submit(tmp_path, *words, "checkpoint.every=5").stdout
 
 
 def test_a_wrong_trial_is_named(tmp_path: Path) -> None:
