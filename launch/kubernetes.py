@@ -20,6 +20,8 @@ from engine.errors import Violation
 PORT = 29500
 """Where rank 0 listens, inside its pod."""
 WORKING_DIR = PurePosixPath("/workspace")
+DATA = "/data"
+"""Where `launch.kubernetes.data_claim` is in a pod."""
 MIN_GRACE_S = 30
 """What Kubernetes gives without being asked."""
 
@@ -58,7 +60,8 @@ def after(cfg: Config, folder: Path, said: str) -> list[str]:
         f"follow: kubectl {space} logs -f --prefix --max-log-requests={max(5, cfg.launch.nodes)} -l {label}={job}",
         f"state:  kubectl {space} get {kind}/{job} && kubectl {space} get pods -l {label}={job}",
         f"cancel: kubectl delete -f {file}   (SIGTERM: the state is saved within {cfg.launch.kubernetes.grace_s} s)",
-        f"resume: kubectl delete --ignore-not-found -f {file} && kubectl create -f {file}",
+        # Foreground: the old pods have saved and are gone when it returns.
+        f"resume: kubectl delete --cascade=foreground --ignore-not-found -f {file} && kubectl create -f {file}",
     ]
 
 
@@ -111,6 +114,8 @@ def _places(cfg: Config, words: list[str]) -> dict[str, str | None]:
         "GPUS": _quoted(str(launch.gpus_per_node)),
         "RUNS": _quoted(str(WORKING_DIR / cfg.run.dir)),
         "RUNS_CLAIM": _quoted(chosen.runs_claim),
+        "DATA": _quoted(DATA) if chosen.data_claim else None,
+        "DATA_CLAIM": _quoted(chosen.data_claim),
         "SHARED_MEMORY": _quoted(chosen.shared_memory),
     }
 
@@ -196,6 +201,7 @@ def _names(cfg: Config) -> Iterator[Violation]:
     for option, pattern, what in (
         ("namespace", _LABEL, "a DNS label: at most 63 of a-z, 0-9 and -"),
         ("runs_claim", _SUBDOMAIN, "a DNS name: at most 253 of a-z, 0-9, - and ."),
+        ("data_claim", _SUBDOMAIN, "a DNS name: at most 253 of a-z, 0-9, - and ."),
         ("queue", _LABEL, "a DNS label: at most 63 of a-z, 0-9 and -"),
         ("wandb_secret", _SUBDOMAIN, "a DNS name: at most 253 of a-z, 0-9, - and ."),
     ):

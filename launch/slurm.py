@@ -23,6 +23,8 @@ _TIMES = (
     r"(?P<h>\d+):(?P<m>[0-5]\d):(?P<s>[0-5]\d)",
     r"(?P<d>\d+)-(?P<h>\d\d):(?P<m>[0-5]\d):(?P<s>[0-5]\d)",
 )
+_EARLY_S = 60
+"""Slurm looks at limits once a minute."""
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -43,6 +45,7 @@ def files(cfg: Config, words: list[str], folder: Path) -> dict[str, str]:
         "NODES": str(launch.nodes),
         "RANKS": str(launch.ranks_per_node),
         "GPUS": str(launch.gpus_per_node) if launch.gpus_per_node else None,
+        "CPUS": str(slurm.cpus_per_task) if slurm.cpus_per_task else None,
         "TIME": slurm.time,
         "PARTITION": _quoted(slurm.partition),
         "ACCOUNT": _quoted(slurm.account),
@@ -101,13 +104,13 @@ def command(cfg: Config, folder: Path) -> list[str]:
 def after(cfg: Config, folder: Path, said: str) -> list[str]:
     """How to follow, cancel and resume the job whose number sbatch `said`."""
     job = said.strip().split(";")[0]
-    own = shlex.quote(str(folder))
-    logs = (
-        f"{own}/logs/*-rank0.log" if script(cfg) in ("array.sbatch", "chain.sbatch") else f"{own}/logs/{job}-rank0.log"
-    )
+    own, many = shlex.quote(str(folder)), script(cfg) in ("array.sbatch", "chain.sbatch")
+    logs = f"{own}/logs/*-rank0.log" if many else f"{own}/logs/{job}-rank0.log"
+    # A signal ends a task that runs, and the next one would start.
+    waiting = f"scancel --state=PENDING {job}; " if many else ""
     return [
         f"follow:  squeue --job {job}; tail -F {logs}",
-        f"stop:    scancel --signal=TERM {job}   (saves the state first)",
+        f"stop:    {waiting}scancel --signal=TERM {job}   (saves the state first)",
         f"cancel:  scancel {job}   (SIGTERM, and SIGKILL after the KillWait of the cluster)",
         f"resume:  {shlex.join(command(cfg, folder))}",
     ]
@@ -151,9 +154,10 @@ def _time_violations(cfg: Config) -> list[Violation]:
     if limit is None:
         rule = "not a limit of time: MM, HH:MM:SS or D-HH:MM:SS, more than nothing"
         return [_violation(535, "time", slurm.time, rule, "Use launch.slurm.time=24:00:00 for a day")]
-    if slurm.warn_s >= limit:
-        rule = f"launch.slurm.time={slurm.time} is {limit} s, and the warning comes before the limit"
-        way_out = f"Use launch.slurm.warn_s={limit // 2}, or a longer launch.slurm.time"
+    if slurm.warn_s + _EARLY_S >= limit:
+        rule = f"launch.slurm.time={slurm.time} is {limit} s, and it warns up to {_EARLY_S} s early"
+        shorter = f"launch.slurm.warn_s={limit // 2}, or " if limit // 2 + _EARLY_S < limit else ""
+        way_out = f"Use {shorter}a longer launch.slurm.time"
         return [_violation(536, "warn_s", slurm.warn_s, rule, way_out)]
     return []
 
@@ -161,6 +165,8 @@ def _time_violations(cfg: Config) -> list[Violation]:
 def _count_violations(cfg: Config) -> list[Violation]:
     slurm = cfg.launch.slurm
     counts = {"warn_s": slurm.warn_s, "jobs": slurm.jobs, "trials_at_once": slurm.trials_at_once}
+    if slurm.cpus_per_task is not None:
+        counts["cpus_per_task"] = slurm.cpus_per_task
     # Slurm keeps the seconds of a signal in sixteen bits.
     most = {"warn_s": 65535}
     return [

@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
     words = training_words(argv, cfg)
     world_size = fill(cfg)
     require(cfg, target, words, world_size)
+    if _foreground(cfg):
+        words = [*words, *_sized(cfg, world_size)]
     folder = Path(cfg.run.dir).resolve() / cfg.run.name / FOLDER
     for name, text in target.files(cfg, words, folder).items():
         _write(folder / name, text)
@@ -62,6 +64,13 @@ def main(argv: list[str]) -> int:
 def _foreground(cfg: Config) -> bool:
     """Whether the command is the run itself: this process becomes it, so that signals reach it."""
     return cfg.launch.target is LaunchTarget.local
+
+
+def _sized(cfg: Config, world_size: int) -> list[str]:
+    """The overrides that make Octant start as many ranks here as `launch` says, on the devices that it says."""
+    layout = cfg.parallel
+    words = [] if layout.dp else [f"parallel.dp={world_size // (layout.pp * layout.context * layout.tp)}"]
+    return [*words, *(["train.device=cpu"] if not cfg.launch.gpus_per_node and cfg.train.device is Device.auto else [])]
 
 
 def training_words(argv: list[str], cfg: Config) -> list[str]:
@@ -118,6 +127,9 @@ def fill(cfg: Config) -> int:
     launch.gpus_per_node = gpus = _gpus(cfg)
     replica = max(1, layout.pp * layout.context * layout.tp)
     wanted = replica * (layout.dp or 1)
+    alone = launch.target is LaunchTarget.local and launch.nodes == 1
+    if alone and launch.ranks_per_node is None and layout.dp is not None:
+        launch.ranks_per_node = wanted  # GPUs of this machine that the layout leaves over stay idle.
     if gpus:
         launch.ranks_per_node = launch.ranks_per_node or gpus
         if launch.ranks_per_node > gpus:

@@ -77,6 +77,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "launch.ranks_per_node",
         "launch.slurm.jobs",
         "launch.slurm.trials_at_once",
+        "launch.slurm.cpus_per_task",
         "logging.every",
         "search.jobs",
         "search.trials",

@@ -78,11 +78,12 @@ def groups(folder: Path) -> list[str]:
 def files(raw: Sequence[str], folder: Path) -> dict[str, Path]:
     """The YAML files that are chosen by their path, as in `experiment=runs/search/best.yaml`: "group/name" -> path.
 
-    `checked` uses the same names.
+    `raw` has passed `checked`, which uses the same names.
     """
     found = {}
     for text in raw:
-        key, _, value = text.lstrip("+").partition("=")
+        override = OverridesParser.create().parse_override(text)
+        key, value = override.key_or_group, str(override.value())
         if is_file(value) and (key in groups(folder) or key in sections()):
             found[f"{key}/{_name(key, value, folder)}"] = Path(value).absolute()
     return found

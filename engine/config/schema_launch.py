@@ -20,6 +20,8 @@ class SlurmConfig:
     """Seconds before the limit at which Slurm warns, so that the state is saved and the job put back into the queue."""
     jobs: int = 1
     """Jobs of the chain that are submitted at once; each waits for the one before and goes on with its state."""
+    cpus_per_task: int | None = None
+    """Cores of each rank; none: what the cluster gives. Data, CPU optimizers and checkpoints use them."""
     trials: str | None = None
     """File with more overrides in each line, quoted as in a shell: one trial, and one task of an array, for each."""
     trials_at_once: int = 8
@@ -41,6 +43,8 @@ class KubernetesConfig:
     """A TrainJob of Kubeflow Trainer v2 instead of an Indexed Job, which needs no operator."""
     runs_claim: str | None = None
     """PersistentVolumeClaim for run.dir, which all pods share."""
+    data_claim: str | None = None
+    """PersistentVolumeClaim with corpora, tokenizers and initial weights: /data in each pod, read-only."""
     cpu: str = "8"
     memory: str = "64Gi"
     shared_memory: str = "16Gi"

@@ -51,8 +51,9 @@ def local_device(device_type: str, local_rank: int) -> torch.device:
 
 
 def cpu_threads(threads: int | None, local_world_size: int) -> int:
-    """Intra-op threads of one rank: as asked, or this machine's cores shared among its ranks."""
-    return threads or max(1, (os.cpu_count() or 1) // local_world_size)
+    """Intra-op threads of one rank: as asked, as Slurm was asked, or this machine's cores shared among its ranks."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return threads or int(given if given.isdecimal() else 0) or max(1, (os.cpu_count() or 1) // local_world_size)
 
 
 def set_numerics(device: torch.device, threads: int | None, local_world_size: int, *, tf32: bool) -> None:

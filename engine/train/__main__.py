@@ -12,6 +12,7 @@ from engine.config.load import HelpRequested, load
 from engine.errors import EngineError, LaunchError
 from engine.observe.log import is_main
 from engine.plan import host
+from engine.train import early
 
 SILENT_WAIT_S = 5.0
 
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
         from engine.tune import multirun
 
         return entry.run(lambda: multirun.main(argv))
+    early.keep()
     try:
         cfg = load(argv)
         env = launch_env.read(os.environ)

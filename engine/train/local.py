@@ -20,6 +20,7 @@ from engine.config.launch_env import LaunchEnv
 from engine.config.schema import Config
 from engine.dist.init import cpu_threads, resolve_device_type
 from engine.errors import LaunchError
+from engine.train import early
 
 STOPPED = 75
 """Exit code of a run that has saved its state and stopped: EX_TEMPFAIL of sysexits.h, start it again."""
@@ -89,6 +90,8 @@ def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -
     sys.stdout.flush()
     ranks = [subprocess.Popen(words, env=env, preexec_fn=die_with(os.getpid())) for env in environments]
     before = {number: signal.signal(number, partial(_forward, ranks)) for number in (*FORWARDED, signal.SIGINT)}
+    if early.received is not None:
+        _forward(ranks, early.received, None)
     try:
         return _watch(ranks)
     finally:
@@ -102,6 +105,8 @@ def die_with(parent: int) -> Callable[[], None]:
 
     def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Until the rank listens: a warning must not end it.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if os.getppid() != parent:  # It died before it could be watched.
             os._exit(1)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from engine.observe.log import say
+from engine.train import early
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they kill: the end of a job, and Slurm's early warning."""
@@ -30,7 +31,8 @@ class StopSignal:
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take over the signals. Only the main thread can."""
+        """Take over the signals, and a warning that has come before. Only the main thread can."""
+        self._received = early.received
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
 

@@ -110,8 +110,8 @@ class CoarseToFine:
         values = {axis.option: str(asked.params[axis.option]) for axis in axes}
         share = self._search.coarse_steps if phase == "coarse" else self._search.fine_steps
         words, steps = short_words(self._sweep, share)
-        trial = self._add(phase, values, steps, [*UNSEEN, *self._common, *self._sweep.words, *words])
         asked.set_user_attr("run", number)
+        trial = self._add(phase, values, steps, [*UNSEEN, *self._common, *self._sweep.words, *words])
         self._asked[number] = asked
         return trial
 

@@ -22,14 +22,15 @@ from engine.dist.init import resolve_device_type
 from engine.errors import LaunchError
 from engine.observe.log import say
 from engine.train import local
-from engine.tune import grid, records
+from engine.tune import grid, records, report, slurm_array
 from engine.tune.drive import Source, drive
 from engine.tune.records import Status
-from engine.tune.report import table
 from engine.tune.runner import Runner, slots
 
 FLAGS = ("-m", "--multirun")
 LOCK_FILE = ".lock"
+LAUNCH = "launch"
+"""Folder of what launch/submit.py writes."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
             trials = grid.combinations(root, asked, common_words(asked))
             for trial in trials:
                 records.write(root, trial)
+        slurm_array.settle(root, trials, cfg.search.metric)
         for trial in trials:
             if records.settle(root, trial, cfg.search.metric):
                 records.write(root, trial)
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"search ended early; the same command goes on with it ({root})")
         return entry.INTERRUPTED if number == signal.SIGINT else local.STOPPED
     trials = records.read(root)
-    say(table(trials, cfg.search.direction))
+    say(report.table(trials, cfg.search.direction))
     say(f"python -m engine.tune report {root}")
     return 0 if any(trial.status is Status.done for trial in trials) else 1
 
@@ -86,9 +88,13 @@ def open_search(asked: Sweep, root: Path) -> None:
     Raises:
         LaunchError: 580 the folder holds another search.
     """
-    if asked.cfg.run.overwrite and (root / records.SWEEP_FILE).is_file():
+    begun, ours = (root / records.SWEEP_FILE).is_file(), definition_of(asked)
+    if begun and asked.cfg.run.overwrite:
         clear(root)
-    ours = definition_of(asked)
+    others = [path.name for path in root.iterdir() if path.name != LOCK_FILE]
+    if others and not begun:
+        rule = f"{root} holds no search but {', '.join(sorted(others)[:3])}"
+        raise LaunchError.of(580, "search.study", root.name, rule, f"Use search.study={root.name}-search")
     if not (root / records.SWEEP_FILE).is_file():
         records.write_json(root / records.SWEEP_FILE, ours)
     theirs = records.definition(root)
@@ -100,11 +106,11 @@ def open_search(asked: Sweep, root: Path) -> None:
 
 
 def clear(root: Path) -> None:
-    """Empty the folder of a search that this process holds."""
+    """Remove what a search has written into its folder, and nothing else."""
     for path in root.iterdir():
-        if path.is_dir():
+        if path.is_dir() and (path.name.isdecimal() or path.name in (records.TRIALS, LAUNCH)):
             shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
+        elif path.name in (records.SWEEP_FILE, records.JOBS_FILE, grid.WORDS_FILE, "study.db", *report.FILES):
             path.unlink()
 
 
@@ -114,9 +120,13 @@ def submit(asked: Sweep, root: Path, trials: Sequence[records.Trial], argv: Sequ
     Raises:
         LaunchError: 590 this installation has no launch/submit.py.
     """
-    waiting = [trial for trial in trials if trial.status in records.OPEN]
+    queued = slurm_array.queued(root)
+    if queued:
+        say(f"{len(queued)} runs are still in the queue, or running")
+    waiting = [trial for trial in trials if trial.status in records.OPEN and trial.number not in queued]
+    waiting = [trial for trial in waiting if not slurm_array.refused(root, trial, asked.cfg)]
     if not waiting:
-        say(f"all {len(trials)} runs have ended: python -m engine.tune report {root}")
+        say(f"no run is left to submit, of {len(trials)}: python -m engine.tune report {root}")
         return 0
     script = Path(__file__).parents[2] / "launch" / "submit.py"
     if not script.is_file():
@@ -124,12 +134,15 @@ def submit(asked: Sweep, root: Path, trials: Sequence[records.Trial], argv: Sequ
         raise LaunchError.of(590, "launch", "slurm", rule, "Search from a checkout, or use launch=local inside a job")
     path = grid.write_words(root, waiting)
     say(f"{len(waiting)} runs, the words of each on a line of {path}")
-    own = [word for word in argv if word.startswith(("launch=", "launch."))]
+    own = [word for word in argv if word.lstrip("+~").startswith(("launch=", "launch."))]
     own += [sweep.quoted("launch.slurm.trials", str(path))]
     own += [sweep.quoted("run.dir", str(root.parent)), sweep.quoted("run.name", root.name)]
-    first = [axis.first for axis in asked.axes]
-    code = subprocess.run([sys.executable, str(script), *asked.words, *first, *own]).returncode
+    first = grid.words_of(asked.axes, waiting[0].values)
+    done = subprocess.run([sys.executable, str(script), *asked.words, *first, *own], stdout=subprocess.PIPE, text=True)
+    code = done.returncode
+    say(done.stdout.rstrip())
     if code == 0:
+        slurm_array.remember(root, done.stdout, waiting)
         say(f"when jobs have ended: python -m engine.tune report {root}")
     return code
 

@@ -13,6 +13,7 @@ from engine.tune.records import Status, Trial
 HISTORY_FILE = "history.png"
 VALUES_FILE = "values.png"
 CURVES_FILE = "curves.png"
+FILES = (HISTORY_FILE, VALUES_FILE, CURVES_FILE)
 COLOURS = {"coarse": "tab:blue", "fine": "tab:orange", "final": "tab:green", "grid": "tab:blue"}
 
 

@@ -20,6 +20,13 @@ from engine.observe.folder import METRICS_FILE
 SWEEP_FILE = "sweep.json"
 TRIALS = "trials"
 SUMMARY_FILE = "summary.json"
+JOBS_FILE = "jobs.json"
+KEPT_LINES = 20
+"""Of the output of a run that has not ended well."""
+REFUSED, STOPPED, KILLED = 2, 75, (137, -9)
+"""Exit codes of `engine.train`, and of a process that is killed, which a host does when memory runs out."""
+BUSY = "[OCT604]"
+"""The run of a search that was killed still saves its state: start it again."""
 
 
 class Status(StrEnum):
@@ -121,6 +128,22 @@ def take_result(root: Path, trial: Trial, metric: str) -> None:
     trial.status = Status.done if finite else Status.diverged
     if not points:
         trial.last_lines = [f"no line of {METRICS_FILE} holds {metric}"]
+
+
+def take_failure(root: Path, trial: Trial, metric: str, code: int, output: str) -> None:
+    """Set status and value of a run that has ended with an exit code other than 0, and with `output`."""
+    run = root / str(trial.number)
+    points = metric_points(run, metric)
+    trial.exit_code, trial.steps_done = code, last_step(run)
+    trial.value = points[-1][1] if points else None
+    trial.last_lines = output.splitlines()[-KEPT_LINES:]
+    memory = "out of memory" in output.lower() or "OutOfMemoryError" in output
+    if code == STOPPED or BUSY in output:
+        trial.status = Status.stopped
+    elif memory or code in KILLED:
+        trial.status = Status.out_of_memory
+    else:
+        trial.status = Status.refused if code == REFUSED else Status.failed
 
 
 def metric_points(run: Path, metric: str) -> list[tuple[int, float]]:

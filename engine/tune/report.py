@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from statistics import mean, stdev
 from engine.config.sweep import differences
 from engine.errors import LaunchError
 from engine.observe.log import say
-from engine.tune import pictures, records
+from engine.tune import pictures, records, slurm_array
 from engine.tune.records import Status, Trial
 
 BEST_FILE = "best.yaml"
 PAGE_FILE = "report.html"
+FILES = (BEST_FILE, PAGE_FILE, *pictures.FILES)
 PHASES = ("final", "fine", "coarse", "grid")
 """Which runs' results count most: the longest ones'."""
 STYLE = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}"
@@ -33,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     root: Path = parser.parse_args(argv).folder
     search = records.definition(root)["search"]
     trials = records.read(root)
+    slurm_array.settle(root, trials, search["metric"])
     for trial in trials:
         records.settle(root, trial, search["metric"])
     direction = search["direction"]
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if len(final) > 1:
         say(f"{len(final)} whole runs of these values: {mean(final):.4f}, standard deviation {stdev(final):.4f}")
     say(f"page in {root / PAGE_FILE}; to train with the best values:")
-    say(f"python -m engine.train experiment={root / BEST_FILE} run.name=NAME")
+    say(f"python -m engine.train {shlex.quote(f'experiment={root / BEST_FILE}')} run.name=NAME")
     return 0
 
 

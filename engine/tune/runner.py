@@ -15,17 +15,12 @@ import torch
 from engine.config.schema import Config
 from engine.dist.init import resolve_device_type
 from engine.errors import LaunchError
-from engine.train.local import STOPPED, die_with
+from engine.train.local import die_with
 from engine.tune import records
 from engine.tune.records import Status, Trial
 
-KEPT_LINES = 20
-"""Of the output of a run that has not ended well."""
 GRACE_S = 300.0
 """Seconds that a run has to save its state after SIGTERM."""
-REFUSED = 2
-BUSY = "[OCT604]"
-"""The run of a search that was killed still saves its state: start it again."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -37,6 +32,8 @@ class Job:
     process: subprocess.Popen[bytes]
     slot: int
     since: float
+    log_begin: int
+    """Bytes of its log that earlier starts have written."""
     pruned: bool = False
     kill_at: float | None = None
 
@@ -61,6 +58,7 @@ class Runner:
         trial.status = Status.running
         records.write(self._root, trial)
         with self._log(trial).open("ab") as log:
+            begin = log.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "engine.train", *trial.words],
                 env=dict(os.environ) | self._slots[slot],
@@ -71,7 +69,9 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=die_with(os.getpid()),
             )
-        self.jobs.append(Job(trial, process, slot, time.monotonic()))
+        self.jobs.append(Job(trial, process, slot, time.monotonic(), begin))
+        if self.stopping:  # A signal came while it was being started.
+            self.end(self.jobs[-1])
 
     def end(self, job: Job, *, pruned: bool = False) -> None:
         """Ask a run to end."""
@@ -100,23 +100,17 @@ class Runner:
 
     def _judge(self, job: Job) -> None:
         trial, code = job.trial, job.process.returncode
-        run = self._root / str(trial.number)
         trial.seconds += time.monotonic() - job.since
         if code == 0:
             records.take_result(self._root, trial, self._metric)
             return
-        points = records.metric_points(run, self._metric)
-        trial.exit_code, trial.steps_done = code, records.last_step(run)
-        trial.value = points[-1][1] if points else None
-        trial.last_lines = self._log(trial).read_text(errors="replace").splitlines()[-KEPT_LINES:]
+        with self._log(trial).open(errors="replace") as log:
+            log.seek(job.log_begin)
+            records.take_failure(self._root, trial, self._metric, code, log.read())
         if job.pruned:
             trial.status = Status.pruned
-        elif code == STOPPED or self.stopping or any(BUSY in line for line in trial.last_lines):
+        elif self.stopping:
             trial.status = Status.stopped
-        elif any("out of memory" in line.lower() or "OutOfMemoryError" in line for line in trial.last_lines):
-            trial.status = Status.out_of_memory
-        else:
-            trial.status = Status.refused if code == REFUSED else Status.failed
 
     def _log(self, trial: Trial) -> Path:
         return self._root / records.TRIALS / f"{trial.number}.log"

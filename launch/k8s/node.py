@@ -21,23 +21,28 @@ from engine.config.load import config_hash, load
 from engine.errors import LaunchError
 
 STOPPED = 75
-DNS_TIMEOUT_S = 300.0
+DNS_TIMEOUT_S = 900.0
 """The name of pod 0 is there once the pod has an address, which may be after its image was pulled."""
 _POLL_S = 1.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code: as `engine.train`, or 128 and the number of the signal that ended a rank.
+    """Exit code: as `engine.train`, or 128 and the number of the signal that ended a rank; 1 when pod 0 has no address.
 
     Raises:
-        LaunchError: 560 the config differs from the one submitted, and as `node_rank` and `wait_for_name`.
+        LaunchError: 560 the config differs from the one submitted, and as `node_rank`.
     """
     options = _parser().parse_args(argv)
     rank = node_rank(os.environ, options.nodes)
     if options.config_hash is not None:
         _require_config(options.config_hash, options.overrides)
     host, _, port = options.master.rpartition(":")
-    wait_for_name(host, DNS_TIMEOUT_S)
+    try:
+        wait_for_name(host, DNS_TIMEOUT_S)
+    except LaunchError as error:
+        # Not 2, for which the Job would not be tried again: pod 0 may be waiting for a machine.
+        print(f"LaunchError:\n{error}", file=sys.stderr)
+        return 1
     from engine.train import local
 
     places = environments(rank, options.nodes, options.ranks, host, port)

@@ -31,9 +31,9 @@ LAUNCH = [
 EXTRAS = ["launch.kubernetes.queue=team-a", "launch.kubernetes.wandb_secret=wandb", "launch.kubernetes.namespace=ml"]
 CASES = {
     "job": [],
-    "job_queue": EXTRAS,
+    "job_queue": [*EXTRAS, "launch.kubernetes.data_claim=corpora"],
     "trainjob": ["launch.kubernetes.trainjob=true"],
-    "trainjob_queue": ["launch.kubernetes.trainjob=true", *EXTRAS],
+    "trainjob_queue": ["launch.kubernetes.trainjob=true", "launch.kubernetes.data_claim=corpora", *EXTRAS],
 }
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 

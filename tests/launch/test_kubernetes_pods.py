@@ -49,6 +49,16 @@ def test_a_name_without_an_address_is_refused_after_a_while() -> None:
         node.wait_for_name("pod-0.invalid", 0.0)
 
 
+def test_a_pod_whose_first_has_no_machine_yet_may_try_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(node, "DNS_TIMEOUT_S", 0.0)
+    code = node.main(["--nodes=1", "--ranks=1", "--master=pod-0.invalid:1"])
+    assert "[OCT562] --master=pod-0.invalid" in capsys.readouterr().err
+    assert Kubelet(documents(rendered())["Job"], Path()).action(code) == "Count"
+
+
 def test_a_node_gets_its_own_ranks() -> None:
     places = node.environments(1, 2, 2, "pod", "29500")
     assert [(place["RANK"], place["LOCAL_RANK"]) for place in places] == [("2", "0"), ("3", "1")]

@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from engine.config import entry
 from engine.errors import LaunchError
@@ -27,6 +29,7 @@ CASES = {
         "launch=slurm",
         "launch.nodes=2",
         "launch.slurm.account=a b",
+        "launch.slurm.cpus_per_task=12",
         "launch.slurm.container=x.sqsh",
     ],
     "chain.sbatch": ["launch=slurm", "launch.nodes=2", "launch.slurm.jobs=3", "launch.slurm.time=1-00:00:00"],
@@ -89,6 +92,30 @@ def test_local_submission_is_the_run_itself(tmp_path: Path) -> None:
     assert "unrecognized arguments: --no_such_flag" in flagged.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "more", "ranks"),
+    [
+        (["launch.gpus_per_node=0", "launch.ranks_per_node=4"], ["parallel.dp=4", "train.device=cpu"], 4),
+        (["launch.gpus_per_node=2"], ["parallel.dp=2"], 2),
+        (["launch.gpus_per_node=4", "parallel.tp=2"], ["parallel.dp=2"], 4),
+        # An explicit layout leaves GPUs over.
+        (["launch.gpus_per_node=8", "parallel.dp=1"], [], 1),
+        (["parallel.tp=2", "parallel.dp=1"], [], 2),
+    ],
+)
+def test_local_runs_have_as_many_ranks_as_were_checked(
+    words: list[str], more: list[str], ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    given = ["launch=local", "model=gpt_tiny", "data=random", "train.steps=10", "run.name=demo", *words]
+    assert importlib.import_module("submit").main([*given, "launch.dry_run=true"]) == 0
+    assert f"1 x {ranks} ranks" in capsys.readouterr().out
+    script = (tmp_path / "runs/demo/launch/local.sh").read_text()
+    assert f"run.resume=true {' '.join(more)}".rstrip() + ")" in script
+
+
 REFUSALS = {
     "local nodes": (
         "launch=local launch.nodes=2",
@@ -130,9 +157,15 @@ REFUSALS = {
     "no time": ("launch=slurm launch.slurm.time=00:00:00", "[OCT535] launch.slurm.time=00:00:00"),
     "warned before the start": (
         "launch=slurm launch.slurm.time=5",
-        "[OCT536] launch.slurm.warn_s=300: launch.slurm.time=5 is 300 s, and the warning comes before the limit. "
-        "Use launch.slurm.warn_s=150",
+        "[OCT536] launch.slurm.warn_s=300: launch.slurm.time=5 is 300 s, and it warns up to 60 s early. "
+        "Use launch.slurm.warn_s=150, or a longer launch.slurm.time",
     ),
+    "warned with the start": (
+        "launch=slurm launch.slurm.time=00:01:40 launch.slurm.warn_s=50",
+        "[OCT536] launch.slurm.warn_s=50: launch.slurm.time=00:01:40 is 100 s, and it warns up to 60 s early. "
+        "Use a longer launch.slurm.time",
+    ),
+    "no cores": ("launch=slurm launch.slurm.cpus_per_task=0", "[OCT534] launch.slurm.cpus_per_task=0: less than 1"),
     "line break": ("launch=slurm launch.slurm.qos=BREAK", "[OCT539] launch.slurm.qos='a\\nb': a line break would end"),
     "broken word": ("launch=local data.source=BREAK", "[OCT539] data.source="),
     "extra": ("launch=slurm launch.slurm.extra=[hello]", "[OCT539] launch.slurm.extra='hello': each line is an option"),

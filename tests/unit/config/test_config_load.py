@@ -152,7 +152,10 @@ def test_a_choice_may_be_a_file_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     cfg = load([f"+experiment={best}", f"model={mine}", "optim.beta1=0.8"])
     assert (cfg.optim.lr, cfg.optim.beta1, cfg.model.num_layers) == (0.123, 0.8, 3)
     assert cfg.model.vocab_size == load(["model=gpt_tiny"]).model.vocab_size
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    spaced = best.rename(tmp_path / "a b/best.yaml")
+    assert load([f"experiment='{spaced}'"]).optim.lr == 0.123
+    monkeypatch.chdir(tmp_path / "a b")
     assert load(["experiment=best.yaml"]).optim.lr == 0.123
     mine.write_text("defaults: [gpt_tiny]\nnum_layer: 3\n")
     with pytest.raises(ConfigError, match="section model has no option num_layer. Nearest: num_layers"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from engine.config import (
     launch_env,
 )
 from engine.errors import LaunchError
-from engine.train import local
+from engine.train import early, local
+from engine.train.stop import StopSignal
 from tests.helpers.repo import ROOT
 
 
@@ -154,6 +156,25 @@ def test_sigterm_reaches_every_rank() -> None:
     assert [process.stdout.readline() for _ in range(3)] == ["1\n"] * 3
     process.terminate()
     assert process.wait(30) == 75
+
+
+def test_a_warning_during_the_start_is_kept_and_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "received", None)
+    before = signal.getsignal(signal.SIGUSR1)
+    early.keep()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert early.received == signal.SIGUSR1
+        listening = StopSignal()
+        assert not listening.agreed()
+        listening.install()
+        listening.restore()
+        assert listening.agreed()
+        # The ranks ignore it until they keep it themselves.
+        code = "time.sleep(0.5)\nprint(signal.getsignal(signal.SIGUSR1))\nsys.exit(75)"
+        assert supervised(code) == 75
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_ranks_end_with_the_process_that_started_them() -> None:

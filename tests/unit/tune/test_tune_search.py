@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import sweep
 from engine.errors import ConfigError, EngineError, LaunchError
-from engine.tune import drive, multirun, records, report, runner
+from engine.tune import drive, multirun, records, report, runner, slurm_array
 from tests.helpers.searches import PYTHON, install, words
 
 FINE = ("search=coarse_to_fine", "optim.lr=log(1e-5,1e-1)")
@@ -142,7 +142,7 @@ def test_an_array_gets_a_line_of_words_for_each_run_and_is_submitted(tmp_path: P
     assert (root / "s/launch/trials.txt").read_text().splitlines() == lines[1:]
     finished(root / "s/1")
     assert multirun.main(words(root, *more)) == 0
-    assert f"all 2 runs have ended: python -m engine.tune report {root / 's'}" in capfd.readouterr().out
+    assert f"no run is left to submit, of 2: python -m engine.tune report {root / 's'}" in capfd.readouterr().out
 
 
 def finished(run: Path) -> None:
@@ -160,6 +160,61 @@ def test_a_refused_array_leaves_no_search(tmp_path: Path, capfd: Any) -> None:
     assert multirun.main(words(tmp_path, *SLURM, "optim.beta2=0.9,0.95")) == 0
     assert multirun.main(words(tmp_path, *SLURM, "optim.beta2=0.9,0.95", "launch.slurm.time=10:30")) == 2
     assert len(records.read(tmp_path / "s")) == 4
+
+
+@pytest.mark.usefixtures("real_python")
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "s/checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        LaunchError, match=r"\[OCT580\] search.study=s: .*/s holds no search but checkpoints. Use search"
+    ):
+        multirun.main(words(tmp_path, "optim.lr=1e-3,1e-4"))
+    (tmp_path / "s/checkpoints").rename(tmp_path / "kept")
+    assert multirun.main(words(tmp_path, *SLURM)) == 0
+    (tmp_path / "kept").rename(tmp_path / "s/checkpoints")
+    assert multirun.main(words(tmp_path, *SLURM, "optim.beta2=0.9,0.95", "run.overwrite=true")) == 0
+    assert (tmp_path / "s/checkpoints").is_dir()
+    assert len(records.read(tmp_path / "s")) == 4
+
+
+SQUEUE = """#!/bin/sh
+case "$*" in *--jobs=7*) echo 2;; esac
+"""
+
+
+@pytest.mark.usefixtures("real_python")
+def test_tasks_of_arrays_are_settled_and_not_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    root = tmp_path / "s"
+    assert multirun.main(words(tmp_path, "optim.lr=1e-3,1e-4,2e-4,3e-4,-1.0", *SLURM[1:])) == 0
+    assert "4 runs, the words of each" in capfd.readouterr().out
+    trials = records.read(root)
+    assert [trial.status.name for trial in trials] == ["waiting"] * 4 + ["refused"]
+    assert any("optim.lr=-1.0" in line for line in trials[4].last_lines)
+    slurm_array.remember(root, "submitted\n7\nfollow: 7\n", trials[:4])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/squeue").write_text(SQUEUE)
+    (tmp_path / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert slurm_array.queued(root) == {1}
+    logs = root / "launch/logs"
+    logs.mkdir()
+    finished(root / "0")
+    (logs / "7-1.code").write_text("0 7\n")
+    (logs / "7-3.code").write_text("1 9\n")
+    (logs / "9-rank0.log").write_text("gloo: connection closed\n" * 50)
+    (logs / "9-rank1.log").write_text("torch.OutOfMemoryError: CUDA out of memory\n" + "Traceback\n" * 50)
+    (logs / "7-4.code").write_text("75 10\n")
+    capfd.readouterr()
+    assert multirun.main(words(tmp_path, "optim.lr=1e-3,1e-4,2e-4,3e-4,-1.0", *SLURM[1:])) == 0
+    names = ["done", "waiting", "out_of_memory", "stopped", "refused"]
+    assert [trial.status.name for trial in records.read(root)] == names
+    said = capfd.readouterr().out
+    assert "1 runs are still in the queue, or running" in said
+    assert "1 runs, the words of each" in said
+    assert (root / "launch/trials.txt").read_text().splitlines() == (root / "words.txt").read_text().splitlines()
+    assert "optim.lr=0.0003 " in (root / "words.txt").read_text()
 
 
 def test_an_array_needs_the_scripts_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
