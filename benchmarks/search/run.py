@@ -58,10 +58,9 @@ def main(argv: list[str]) -> None:
     words = [*WORDS, *overrides, f"run.dir={options.out}", f"search.jobs={options.jobs}"]
     plain = search(options.out, "default", [*words, "train.seed=1234,1235,1236"])
     default = mean(result(trial) for trial in plain)
-    measured: dict[str, list[float]] = {"val_loss": [], "optim.lr": [], "share of the grid's steps": [], "seconds": []}
+    measured: dict[str, list[float]] = {"val_loss": [], "optim.lr": [], "share of the grid's steps": []}
     for seed in range(options.seeds):
         more = [SPACE, "search=coarse_to_fine", f"search.trials={TRIALS}", f"search.seed={seed}"]
-        started = time.perf_counter()
         if seed == 0:
             kept = killed(options.out, f"seed{seed}", [*words, *more])
         trials = search(options.out, f"seed{seed}", [*words, *more])
@@ -72,7 +71,6 @@ def main(argv: list[str]) -> None:
         measured["val_loss"].append(mean(result(trial) for trial in final))
         measured["optim.lr"].append(float(final[0].values["optim.lr"]))
         measured["share of the grid's steps"].append(cost(trials, final[0].steps))
-        measured["seconds"].append(time.perf_counter() - started)
         print({metric: values[-1] for metric, values in measured.items()}, flush=True)
     write(options.out, options.commit, measured, [result(trial) for trial in plain], " ".join([*WORDS, *overrides]))
     rates = measured["optim.lr"]
@@ -117,7 +115,7 @@ def cost(trials: list[Trial], steps: int) -> float:
 
 def write(out: Path, commit: str, measured: dict[str, list[float]], default: list[float], words: str) -> None:
     """A row for each metric, the default's loss among them."""
-    units = {"val_loss": "nats/token", "optim.lr": "", "share of the grid's steps": "", "seconds": "s"}
+    units = {"val_loss": "nats/token", "optim.lr": "", "share of the grid's steps": ""}
     common: dict[str, Any] = {"case": f"gpt_tiny of 2 layers, {TRIALS} runs", "hardware": "CPU", "commit": commit}
     common["command"] = f"python -m benchmarks.search.run OUT --commit {commit}"
     rows = [
