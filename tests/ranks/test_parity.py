@@ -25,19 +25,18 @@ def tiny(*words: str) -> Config:
     return load([*parity.DEFAULTS, "model=gpt_tiny", "train.device=cpu", *words])
 
 
-def test_the_quick_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parity.json"
-    # Four of the ten steps: the last six cost most of the time of all these tests.
-    words = ["parity", "model=gpt_tiny", "train.device=cpu", "train.steps=4"]
-    code = main([*words, "--quick", "--json", str(out)])
+    # Fewer than --quick has: these cases take longer than all other tests of a file.
+    code = main(["parity", "model=gpt_tiny", "train.device=cpu", "--cases", "12", "--json", str(out)])
     assert code == 0, capsys.readouterr().out
     rows = json.loads(out.read_text())["cases"]
-    assert len(rows) == 20
+    assert len(rows) == 12
     seen = {word for row in rows for word in row["case"].split()}
     assert seen >= {"pp4", "cp4", "tp4+sequence", "dp8", "zero3+offload", "accum8", "interleaved", "dualpipev"}
     assert seen >= {"gpt2", "llama", "bert", "neox", "qwen2", "variable", "dropout0.1", "smoothed", "recompute-full2"}
     # A layout that adds in the oracle's order may agree to the bit; most do not, unless nothing is compared.
-    assert sum(row["errors"]["gradient"] > 0 for row in rows) >= 15
+    assert sum(row["errors"]["gradient"] > 0 for row in rows) >= 9
     for row in rows:
         errors = row["errors"]
         assert errors["gradient"] <= 1e-5
