@@ -7,6 +7,9 @@ ARGS ?=
 # Test files at a time. Ranks of one file share the cores with those of another.
 JOBS ?= 2
 
+# With eight ranks at a time, these tests need the machine for themselves.
+EIGHT := tests/docs tests/ranks/test_parity.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -49,7 +52,8 @@ check: $(READY) ## lint, types, import rules, unit tests
 	echo "check: all passed in $$(($$(date +%s) - start)) s"
 
 test: check slurm ## check, then the tests that start ranks and the documentation's commands
-	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit $(EIGHT:%=--ignore=%) -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest $(EIGHT) -q
 
 test-slurm: $(READY) slurm ## run the batch scripts on a Slurm of this machine (needs root; installs Debian's)
 	@$(BIN)/python -m pytest tests/launch/test_slurm.py -q -rs

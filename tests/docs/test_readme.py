@@ -157,7 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(words: str, folder: Path, code: int = 0) -> Done:
-    done = run_command(words, folder, 200, env=clean_env({"XDG_CACHE_HOME": str(folder / "cache")}))
+    done = run_command(words, folder, 400, env=clean_env({"XDG_CACHE_HOME": str(folder / "cache")}))
     assert done.exit_code == code, f"{words}\n{done}"
     return done
 
