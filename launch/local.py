@@ -11,8 +11,8 @@ from places import render
 from engine.config.schema import Config
 from engine.errors import Violation
 
-"""The command is the run itself: `submit.py` becomes it, so that signals reach it."""
 SCRIPT = "local.sh"
+"""Its command is the run itself: `submit.py` becomes it, so that signals reach it."""
 
 
 def files(cfg: Config, words: list[str], folder: Path) -> dict[str, str]:

@@ -10,6 +10,8 @@ from engine.config.load import HelpRequested
 from engine.errors import EngineError
 
 INTERRUPTED = 130
+STOPPED = 75
+"""Exit code of a run that has saved its state and stopped: EX_TEMPFAIL of sysexits.h, start it again."""
 
 
 def run(work: Callable[[], int], *, usage: str = "", interrupted: str = "interrupted") -> int:

@@ -167,3 +167,17 @@ class BadFiles(StrEnum):
     """Leave them out and list them."""
     stop = "stop"
     """Refuse to build."""
+
+
+class SearchMethod(StrEnum):
+    """`grid`: every combination. `coarse_to_fine`: Optuna, short runs first, longer ones around the best."""
+
+    grid = "grid"
+    coarse_to_fine = "coarse_to_fine"
+
+
+class Direction(StrEnum):
+    """Which values of the metric are better."""
+
+    minimize = "minimize"
+    maximize = "maximize"

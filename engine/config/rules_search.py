@@ -6,9 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from engine.config.enums import LaunchTarget
+from engine.config.enums import LaunchTarget, SearchMethod
 from engine.config.schema import Config
-from engine.config.schema_search import SearchMethod
 from engine.config.sweep import Sweep
 from engine.errors import ConfigError, Violation
 

@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-
-class SearchMethod(StrEnum):
-    """`grid`: every combination. `coarse_to_fine`: Optuna, short runs first, longer ones around the best."""
-
-    grid = "grid"
-    coarse_to_fine = "coarse_to_fine"
-
-
-class Direction(StrEnum):
-    """Which values of the metric are better."""
-
-    minimize = "minimize"
-    maximize = "maximize"
+from engine.config.enums import Direction, SearchMethod
 
 
 @dataclass(slots=True, kw_only=True)

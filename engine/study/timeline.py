@@ -12,14 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-import torch
-
 from engine.config import rules
 from engine.config.load import load
 from engine.config.schema import Config
-from engine.data import open_data, prepare
-from engine.dist.context import ParallelContext
-from engine.dist.init import resolve_device_type, set_numerics
+from engine.data import prepare
+from engine.dist.init import resolve_device_type
 from engine.dist.spawn import run_ranks
 from engine.errors import LaunchError
 from engine.observe.folder import open_run_folder
@@ -99,19 +96,13 @@ def trace(cfg: Config, world: int) -> list[Timeline]:
 def trace_rank(cfg: Config) -> list[list[Event]]:
     """Body of one rank: what its stage did in each step. All ranks of a machine read the same clock."""
     from engine.runtime.pipeline import PipelineRunner
-    from engine.train.session import build_engine
+    from engine.train.session import open_rank
 
-    quiet_libraries(cfg.logging.verbose)
-    world = torch.distributed.get_world_size()
-    cuda = resolve_device_type(cfg.train.device) == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    set_numerics(device, cfg.train.cpu_threads or 1, world, tf32=cfg.precision.tf32)
-    ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
-    engine, train = build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train
+    engine, train = open_rank(cfg)
     assert isinstance(engine, PipelineRunner)
     steps: list[list[Event]] = []
-    firsts = range(0, cfg.train.steps * global_batch(cfg, ctx), global_batch(cfg, ctx))
-    with read_ahead(train, firsts, cfg, ctx) as batches:
+    firsts = range(0, cfg.train.steps * global_batch(cfg, engine.ctx), global_batch(cfg, engine.ctx))
+    with read_ahead(train, firsts, cfg, engine.ctx) as batches:
         for step in range(cfg.train.steps):
             engine.training.trace = []
             engine.train_step(next(batches), learning_rate(cfg.optim, step, cfg.train.steps))

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         except StopRequested as stop:
             if is_main():
                 print(f"state saved after step {stop.step}; the same command with run.resume=true goes on", flush=True)
-            return local.STOPPED
+            return entry.STOPPED
     except HelpRequested as asked:
         print(asked)
     except EngineError as error:

@@ -16,14 +16,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from engine.config.entry import STOPPED
 from engine.config.launch_env import LaunchEnv
 from engine.config.schema import Config
 from engine.dist.init import cpu_threads, resolve_device_type
 from engine.errors import LaunchError
 from engine.train import early
 
-STOPPED = 75
-"""Exit code of a run that has saved its state and stopped: EX_TEMPFAIL of sysexits.h, start it again."""
 GRACE_S = 10.0
 """Seconds that the other ranks have to end on their own when one has failed."""
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)

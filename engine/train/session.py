@@ -22,7 +22,7 @@ from engine.config.derived import head_dim, writes_checkpoints
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml
 from engine.config.schema import Config
-from engine.data import Data, open_data
+from engine.data import Data, Split, open_data
 from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
@@ -220,6 +220,17 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     require_same_optimizer(reader, kinds_of(cfg.optim), option)
     facts = reader.manifest.facts
     return reader, Cursor(int(facts["step"]), int(facts["samples"])), option
+
+
+def open_rank(cfg: Config) -> tuple[Engine, Split]:
+    """Engine and training data of a rank that `run_ranks` has started, for studies that step by themselves."""
+    log.quiet_libraries(cfg.logging.verbose)
+    world = dist.get_world_size()
+    cuda = init.resolve_device_type(cfg.train.device) == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    init.set_numerics(device, cfg.train.cpu_threads or 1, world, tf32=cfg.precision.tf32)
+    ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
+    return build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train
 
 
 def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from engine.tune import records
 from engine.tune.grid import words_of
 from engine.tune.records import OPEN, Status, Trial
 
-DATABASE = "study.db"
 NARROW = 0.25
 """Part of each range, around the best value, that the fine runs search."""
 KEPT = 3
@@ -38,7 +37,7 @@ class CoarseToFine:
         self._root, self._sweep, self._trials, self._common = root, sweep, list(trials), list(common)
         self._search = sweep.cfg.search
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = optuna.storages.RDBStorage(f"sqlite:///{(root / DATABASE).absolute()}")
+        storage = optuna.storages.RDBStorage(f"sqlite:///{(root / records.DATABASE).absolute()}")
         pruner = optuna.pruners.MedianPruner(n_startup_trials=WARM_TRIALS)
         direction = optuna.study.StudyDirection[self._search.direction.upper()]
         self._studies = {

@@ -12,21 +12,18 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from engine.config import rules
 from engine.config.load import load
 from engine.config.schema import Config
-from engine.data import open_data, prepare
-from engine.dist.context import ParallelContext
-from engine.dist.init import resolve_device_type, set_numerics
+from engine.data import prepare
+from engine.dist.init import resolve_device_type
 from engine.dist.spawn import run_ranks
 from engine.errors import LaunchError
 from engine.observe.folder import open_run_folder
 from engine.observe.log import quiet_libraries, say
 from engine.observe.plot import smooth
 from engine.study.run import PRELOAD
-from engine.topology.grid import Grid
 from engine.train.local import world_size
 from engine.train.loop import global_batch
 from engine.train.loop import load as read_ahead
@@ -96,15 +93,9 @@ def suggestion(rates: Sequence[float], smoothed: Sequence[float]) -> float | Non
 
 def losses_of(cfg: Config, rates: Sequence[float]) -> list[float]:
     """Body of one rank: the training loss before each step of a rate, nats per target. Equal on all ranks."""
-    from engine.train.session import build_engine
+    from engine.train.session import open_rank
 
-    quiet_libraries(cfg.logging.verbose)
-    world = torch.distributed.get_world_size()
-    cuda = resolve_device_type(cfg.train.device) == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    set_numerics(device, cfg.train.cpu_threads or 1, world, tf32=cfg.precision.tf32)
-    ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
-    engine, train = build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train
-    size = global_batch(cfg, ctx)
-    with read_ahead(train, range(0, size * len(rates), size), cfg, ctx) as batches:
+    engine, train = open_rank(cfg)
+    size = global_batch(cfg, engine.ctx)
+    with read_ahead(train, range(0, size * len(rates), size), cfg, engine.ctx) as batches:
         return [float(engine.train_step(next(batches), rate).loss) for rate in rates]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import entry, launch_env, rules, rules_search, sweep
-from engine.config.enums import LaunchTarget
+from engine.config.enums import LaunchTarget, SearchMethod
 from engine.config.load import load
-from engine.config.schema_search import SearchMethod
 from engine.config.sweep import Sweep
+from engine.data.storage.files import write_json
 from engine.dist.init import resolve_device_type
 from engine.errors import LaunchError
 from engine.observe.log import say
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         number = drive(source_of(root, asked, trials), Runner(root, places, cfg.search.metric))
     if number is not None:
         say(f"search ended early; the same command goes on with it ({root})")
-        return entry.INTERRUPTED if number == signal.SIGINT else local.STOPPED
+        return entry.INTERRUPTED if number == signal.SIGINT else entry.STOPPED
     trials = records.read(root)
     say(report.table(trials, cfg.search.direction))
     say(f"python -m engine.tune report {root}")
@@ -96,7 +96,7 @@ def open_search(asked: Sweep, root: Path) -> None:
         rule = f"{root} holds no search but {', '.join(sorted(others)[:3])}"
         raise LaunchError.of(580, "search.study", root.name, rule, f"Use search.study={root.name}-search")
     if not (root / records.SWEEP_FILE).is_file():
-        records.write_json(root / records.SWEEP_FILE, ours)
+        write_json(root / records.SWEEP_FILE, ours)
     theirs = records.definition(root)
     changed = [key for key in ours if ours[key] != theirs.get(key)]
     if changed:
@@ -110,7 +110,7 @@ def clear(root: Path) -> None:
     for path in root.iterdir():
         if path.is_dir() and (path.name.isdecimal() or path.name in (records.TRIALS, LAUNCH)):
             shutil.rmtree(path)
-        elif path.name in (records.SWEEP_FILE, records.JOBS_FILE, grid.WORDS_FILE, "study.db", *report.FILES):
+        elif path.name in (records.SWEEP_FILE, records.JOBS_FILE, records.DATABASE, grid.WORDS_FILE, *report.FILES):
             path.unlink()
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from engine.config.entry import STOPPED
 from engine.config.sweep import quoted
+from engine.data.storage.files import write_json
 from engine.errors import LaunchError
 from engine.observe.folder import METRICS_FILE
 
@@ -21,9 +22,10 @@ SWEEP_FILE = "sweep.json"
 TRIALS = "trials"
 SUMMARY_FILE = "summary.json"
 JOBS_FILE = "jobs.json"
+DATABASE = "study.db"
 KEPT_LINES = 20
 """Of the output of a run that has not ended well."""
-REFUSED, STOPPED, KILLED = 2, 75, (137, -9)
+REFUSED, KILLED = LaunchError.exit_code, (137, -9)
 """Exit codes of `engine.train`, and of a process that is killed, which a host does when memory runs out."""
 BUSY = "[OCT604]"
 """The run of a search that was killed still saves its state: start it again."""
@@ -84,18 +86,8 @@ def run_words(root: Path, number: int) -> list[str]:
 
 def write(root: Path, trial: Trial) -> None:
     """Put a run on record."""
+    (root / TRIALS).mkdir(exist_ok=True)
     write_json(root / TRIALS / f"{trial.number}.json", asdict(trial))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace a file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read(root: Path) -> list[Trial]:

@@ -16,6 +16,7 @@ from typing import Any
 from engine.config import rules
 from engine.config.load import load
 from engine.config.schema import Config
+from engine.data.storage.files import write_json
 from engine.errors import ConfigError
 from engine.tune import records
 from engine.tune.records import OPEN, Status, Trial
@@ -29,7 +30,7 @@ def remember(root: Path, said: str, trials: Sequence[Trial]) -> None:
     found = re.findall(r"^(\d+)$", said, re.MULTILINE)
     if found:
         entry = {"job": found[-1], "numbers": [trial.number for trial in trials]}
-        records.write_json(root / records.JOBS_FILE, [*_jobs(root), entry])
+        write_json(root / records.JOBS_FILE, [*_jobs(root), entry])
 
 
 def _jobs(root: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from engine.config import entry
 from engine.config.load import config_hash, load
 from engine.errors import LaunchError
 
-STOPPED = 75
 DNS_TIMEOUT_S = 900.0
 """The name of pod 0 is there once the pod has an address, which may be after its image was pulled."""
 _POLL_S = 1.0
@@ -122,5 +121,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # The kernel drops a signal that the main process of a pod does not handle, and nothing is to be saved yet.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(entry.STOPPED))
     sys.exit(entry.run(lambda: main(sys.argv[1:])))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def submit(folder: Path, *words: str, path: str | None = None) -> Done:
 def quoted(words: list[str]) -> list[str]:
     """Values with blanks and dollars in Hydra's quotes."""
     return [re.sub(r"^([\w.]+)=(it's .*)$", r'\1="\2"', word) for word in words]
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """`main` of launch/submit.py in this process, with a folder of its own as the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    found: Callable[[list[str]], int] = importlib.import_module("submit").main
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,13 +114,17 @@ def test_local_submission_is_the_run_itself(tmp_path: Path) -> None:
     ],
 )
 def test_local_runs_have_as_many_ranks_as_were_checked(
-    words: list[str], more: list[str], ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    words: list[str],
+    more: list[str],
+    ranks: int,
+    main: Callable[[list[str]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     given = ["launch=local", "model=gpt_tiny", "data=random", "train.steps=10", "run.name=demo", *words]
-    assert importlib.import_module("submit").main([*given, "launch.dry_run=true"]) == 0
+    assert main([*given, "launch.dry_run=true"]) == 0
     assert f"1 x {ranks} ranks" in capsys.readouterr().out
     script = (tmp_path / "runs/demo/launch/local.sh").read_text()
     assert f"run.resume=true {' '.join(more)}".rstrip() + ")" in script
@@ -194,26 +208,21 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_name_the_field_and_write_nothing(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str, main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, message = REFUSALS[case]
     given = [word.replace("BREAK", "'a\nb'") for word in words.split(" ")]
     (tmp_path / "trials").write_text("optim.lr=1e-3\n")
     (tmp_path / "trials.yaml").write_text("# @package _global_\noptim:\n  lr: 1e-3\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    main = importlib.import_module("submit").main
     assert entry.run(lambda: int(main([*TRAIN, *given, "launch.dry_run=true"]))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_pod_is_given_more_memory_or_less_to_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+def test_a_pod_is_given_more_memory_or_less_to_hold(main: Callable[[list[str]], int]) -> None:
     words, _ = REFUSALS["memory of a pod"]
     with pytest.raises(LaunchError) as caught:
-        importlib.import_module("submit").main([*TRAIN, *words.split(), "launch.dry_run=true"])
+        main([*TRAIN, *words.split(), "launch.dry_run=true"])
     assert str(caught.value).endswith(" such hosts, or more than launch.kubernetes.memory=100Mi")
 
 

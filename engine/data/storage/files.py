@@ -31,7 +31,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write `content` to `path`, whole or not at all. Raises OSError."""
     temporary = temporary_name(path)
     try:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from engine.config import rules_search
-from engine.config.enums import LaunchTarget
+from engine.config.enums import LaunchTarget, SearchMethod
 from engine.config.load import config_hash
-from engine.config.schema_search import SearchMethod
 from engine.config.sweep import Axis, Sweep
 from engine.errors import ConfigError
 from tests.helpers.configs import make
