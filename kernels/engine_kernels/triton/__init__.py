@@ -1,0 +1,4 @@
+"""Kernels in Triton, which compiles them for the GPU at their first call; nothing is built when Octant is installed.
+
+On a machine without a GPU they run in Triton's interpreter where TRITON_INTERPRET=1 is set before they are imported.
+"""
