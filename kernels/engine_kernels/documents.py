@@ -37,3 +37,10 @@ class Documents:
         """Position of each token in its piece, int64 (B, S)."""
         flat = torch.arange(rows * length, device=self.starts.device).view(rows, length)
         return flat - self.starts.long()[self.numbers(rows, length)]
+
+
+def piece_starts(lengths_B: Tensor, length: int) -> Tensor:
+    """Cumulative lengths, int32 (2B + 1,), of rows of `length` positions cut into what is real and what is padding."""
+    first_B = torch.arange(len(lengths_B), device=lengths_B.device, dtype=torch.int32) * length
+    ends_B2 = torch.stack([first_B + lengths_B.int(), first_B + length], 1)
+    return torch.cat([ends_B2.new_zeros(1), ends_B2.flatten()])

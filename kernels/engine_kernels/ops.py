@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine_kernels import flash, flex, sdpa
 from engine_kernels.documents import Documents
-from engine_kernels.packed import packed_attention
-from engine_kernels.reference.attention import AttentionDropout, key_mask
+from engine_kernels.interpreter import interpreted
+from engine_kernels.reference.attention import AttentionDropout
 from engine_kernels.reference.attention import attention as reference_attention
 from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
-from engine_kernels.registry import Impl, Situation, register
-from engine_kernels.seeded import seeded
+from engine_kernels.registry import Choice, Impl, Situation, choose, register
+from engine_kernels.sdpa import cudnn_attention, sdpa_attention
+from engine_kernels.triton.attention import WIDEST
+from engine_kernels.triton.attention import attention as triton_attention
 
 __all__ = [
     "AttentionDropout",
     "AttentionFn",
     "Documents",
+    "attention",
     "attention_keys",
     "cudnn_attention",
     "dropout",
@@ -29,7 +33,7 @@ __all__ = [
 
 
 class AttentionFn(Protocol):
-    """(B,S,N,H), (B,S,K,H), (B,S,K,H) -> (B,S,N,H); see `engine_kernels.reference.attention`."""
+    """(B,S,N,H), (B,S,K,H), (B,S,K,H) -> (B,S,N,H); see `attention`."""
 
     def __call__(
         self,
@@ -42,49 +46,11 @@ class AttentionFn(Protocol):
         lengths_B: Tensor | None = None,
         dropout: AttentionDropout | None = None,
         documents: Documents | None = None,
+        window: int | None = None,
     ) -> Tensor: ...
 
 
-def _sdpa(
-    q_BSNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-    lengths_B: Tensor | None,
-    documents: Documents | None,
-    p: float,
-) -> Tensor:
-    if documents is not None:
-        return packed_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, documents=documents, p=p)
-    groups, mask_B11S = q_BSNH.shape[2] // k_BSKH.shape[2], None
-    if lengths_B is not None and not causal:
-        mask_B11S = key_mask(lengths_B, k_BSKH.shape[1])[:, None, None]
-        if groups > 1:
-            # The memory-efficient backend has no grouped heads, and math would hold all scores.
-            k_BSKH, v_BSKH = (x.repeat_interleave(groups, dim=2) for x in (k_BSKH, v_BSKH))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q_BSNH.transpose(1, 2),
-        k_BSKH.transpose(1, 2),
-        v_BSKH.transpose(1, 2),
-        attn_mask=mask_B11S,
-        dropout_p=p,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=groups > 1 and mask_B11S is None,
-    )
-    return out.transpose(1, 2)
-
-
-# The generator's state is no value that a compiled graph could hold.
-@torch.compiler.disable
-def _seeded_sdpa(seed: int, q_BSNH: Tensor, *others: Tensor, **options: Any) -> Tensor:
-    with seeded(seed, q_BSNH.device):
-        return _sdpa(q_BSNH, *others, **options)
-
-
-def sdpa_attention(
+def attention(
     q_BSNH: Tensor,
     k_BSKH: Tensor,
     v_BSKH: Tensor,
@@ -94,56 +60,76 @@ def sdpa_attention(
     lengths_B: Tensor | None = None,
     dropout: AttentionDropout | None = None,
     documents: Documents | None = None,
+    window: int | None = None,
+    deterministic: bool = False,
+    implementation: str = "auto",
 ) -> Tensor:
-    """torch's scaled_dot_product_attention with the backend that torch picks.
+    """Attention by the implementation that is fastest here, or by the one called `implementation`.
 
-    Causal attention needs no mask for padding at the end: a query before it sees nothing after itself. Otherwise the
-    padding is a bool mask (B, 1, 1, S) over the keys, which torch's cuDNN, memory-efficient and math backends take
-    unexpanded; its flash backend takes none. Dropped weights are drawn by the backend from `dropout.seed`, with a
-    break in a compiled graph. Documents: see `engine_kernels.packed`.
+    A model asks `registry.choose` once instead, and calls what it was given.
+
+    Args:
+        q_BSNH: queries, (B, S, N, H), bf16, fp16, fp32 or fp64; any strides.
+        k_BSKH, v_BSKH: keys and values, (B, S, K, H); K divides N.
+        causal: a position sees itself and what comes before.
+        scale: factor of the scores. None: 1 / sqrt(H).
+        lengths_B: positions of each row before its padding, integers; None: no padding. Outputs of padded queries are
+            finite and mean nothing.
+        dropout: how weights are dropped; None: not at all.
+        documents: a position sees its own document only; None: its row. `lengths_B` then says nothing more.
+        window: a position sees keys less than this many positions away, itself among them; None: all.
+        deterministic: the same inputs give the same bits, in the backward pass too.
+
+    Raises:
+        KernelUnavailable: `implementation` cannot run this, with the reason.
     """
-    options: dict[str, Any] = {"causal": causal, "scale": scale, "lengths_B": lengths_B, "documents": documents}
-    if dropout is None or dropout.p == 0.0:
-        return _sdpa(q_BSNH, k_BSKH, v_BSKH, p=0.0, **options)
-    return _seeded_sdpa(dropout.seed, q_BSNH, k_BSKH, v_BSKH, p=dropout.p, **options)
+    situation = Situation(
+        q_BSNH.device,
+        q_BSNH.dtype,
+        head_dim=q_BSNH.shape[-1],
+        length=q_BSNH.shape[1],
+        groups=q_BSNH.shape[2] // max(k_BSKH.shape[2], 1),
+        causal=causal,
+        dropout=dropout is not None and dropout.p > 0,
+        documents=documents is not None,
+        padded=lengths_B is not None,
+        window=window is not None,
+        deterministic=deterministic,
+    )
+    out: Tensor = _chosen(implementation, situation).impl.fn(
+        q_BSNH,
+        k_BSKH,
+        v_BSKH,
+        causal=causal,
+        scale=scale,
+        lengths_B=lengths_B,
+        dropout=dropout,
+        documents=documents,
+        window=window,
+    )
+    return out
 
 
-def cudnn_attention(
-    q_BSNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    *,
-    causal: bool,
-    scale: float | None = None,
-    lengths_B: Tensor | None = None,
-    dropout: AttentionDropout | None = None,
-    documents: None = None,
-) -> Tensor:
-    """torch's attention held to the cuDNN backend, which on Hopper is about twice as fast as its flash backend.
-
-    It takes no documents.
-    """
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa_attention(q_BSNH, k_BSKH, v_BSKH, causal=causal, scale=scale, lengths_B=lengths_B, dropout=dropout)
+@cache
+def _chosen(name: str, situation: Situation) -> Choice:
+    return choose("attention", name, situation)
 
 
-def _cudnn_supports(s: Situation) -> str | None:
-    if s.device.type != "cuda":
-        return "needs a CUDA device"
-    if torch.cuda.get_device_capability(s.device)[0] < 9:
-        return "slower than the flash backend before compute capability 9.0"
-    if s.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bf16 and fp16, not {s.dtype}"
-    if s.head_dim % 8 or s.head_dim > 128:
-        return f"takes head dims that are multiples of 8 up to 128, not {s.head_dim}"
-    if s.documents:
-        return "has no attention inside the documents of packed rows in torch"
-    version = torch.backends.cudnn.version() or 0
-    if s.dropout and 91100 < version < 91400:
-        return f"drops no attention weights in cuDNN 9.11 to 9.13, and this is {version}"
-    return None
+def _triton_supports(s: Situation) -> str | None:
+    if s.device.type != "cuda" and not interpreted():
+        return "needs a CUDA device, or TRITON_INTERPRET=1"
+    if s.device.type == "cuda" and torch.cuda.get_device_capability(s.device)[0] < 8:
+        return "needs compute capability 8.0"
+    if s.dtype is torch.float64:
+        return "takes bf16, fp16 and fp32, not torch.float64"
+    return None if s.head_dim <= WIDEST else f"takes head dims up to {WIDEST}, not {s.head_dim}"
 
 
-register(Impl("attention", "sdpa_cudnn", _cudnn_supports, cudnn_attention))
-register(Impl("attention", "sdpa", lambda s: None, sdpa_attention))
+register(Impl("attention", "flash_attn_4", flash.four_supports, flash.four_attention))
+register(Impl("attention", "sdpa_cudnn", sdpa.cudnn_supports, cudnn_attention))
+register(Impl("attention", "flash_attn", flash.two_supports, flash.two_attention))
+register(Impl("attention", "sdpa", sdpa.sdpa_supports, sdpa_attention))
+register(Impl("attention", "triton", _triton_supports, triton_attention))
+register(Impl("attention", "sdpa_flash", sdpa.flash_supports, sdpa.flash_attention))
+register(Impl("attention", "flex", flex.flex_supports, flex.flex_attention_of))
 register(Impl("attention", "reference", lambda s: None, reference_attention))

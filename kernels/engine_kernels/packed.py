@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine_kernels.documents import Documents
+from engine_kernels.reference.attention import band
 
 _WIDEST_HEAD = 192
 """Of torch's flash backward on all devices from compute capability 8.0 on."""
@@ -29,6 +30,7 @@ def packed_attention(
     causal: bool,
     scale: float | None,
     documents: Documents,
+    window: int | None = None,
     p: float = 0.0,
 ) -> Tensor:
     """Attention of each document over itself, (B, S, N, H); a break in a compiled graph.
@@ -41,10 +43,10 @@ def packed_attention(
     """
     rows = q_BSNH.shape[0]
     q_TNH, k_TKH, v_TKH = (x.flatten(0, 1) for x in (q_BSNH, k_BSKH, v_BSKH))
-    if p == 0.0 and _varlen_takes(q_TNH):
-        out_TNH = _varlen(q_TNH, k_TKH, v_TKH, causal, scale, documents)
+    if p == 0.0 and varlen_refuses(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1]) is None:
+        out_TNH = _varlen(q_TNH, k_TKH, v_TKH, causal, scale, documents, window)
     else:
-        out_TNH = _by_length(q_TNH, k_TKH, v_TKH, causal, scale, documents, p)
+        out_TNH = _by_length(q_TNH, k_TKH, v_TKH, causal, scale, documents, window, p)
     return out_TNH.unflatten(0, (rows, -1))
 
 
@@ -59,23 +61,30 @@ def _varlen_options() -> frozenset[str] | None:
     return options if {"scale", "window_size"} <= options else None
 
 
-def _varlen_takes(q_TNH: Tensor) -> bool:
-    return (
-        q_TNH.device.type == "cuda"
-        and q_TNH.dtype in (torch.bfloat16, torch.float16)
-        and q_TNH.shape[-1] % 8 == 0
-        and q_TNH.shape[-1] <= _WIDEST_HEAD
-        and torch.cuda.get_device_capability(q_TNH.device)[0] >= 8
-        and _varlen_options() is not None
-    )
+def varlen_refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch's variable-length kernel cannot run."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "torch's variable-length kernel takes bf16 and fp16 on a CUDA device"
+    if head_dim % 8 or head_dim > _WIDEST_HEAD:
+        return f"torch's variable-length kernel takes multiples of 8 up to {_WIDEST_HEAD}, not {head_dim}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "torch's variable-length kernel needs compute capability 8.0"
+    return None if _varlen_options() is not None else "torch's variable-length kernel has no causal mask here"
 
 
 def _varlen(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, causal: bool, scale: float | None, documents: Documents
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    causal: bool,
+    scale: float | None,
+    documents: Documents,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    reach = -1 if window is None else window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0) if causal else (reach, reach)}
     groups = q_TNH.shape[1] // k_TKH.shape[1]
     if groups > 1 and "enable_gqa" in (_varlen_options() or ()):
         options["enable_gqa"] = True
@@ -86,7 +95,14 @@ def _varlen(
 
 
 def _by_length(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, causal: bool, scale: float | None, documents: Documents, p: float
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    causal: bool,
+    scale: float | None,
+    documents: Documents,
+    window: int | None,
+    p: float,
 ) -> Tensor:
     groups = q_TNH.shape[1] // k_TKH.shape[1]
     if groups > 1:
@@ -101,7 +117,10 @@ def _by_length(
     found = []
     for (length, _), *parts in zip(sizes, *(x.split(tokens) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal, scale=scale)
+        mask = None if window is None else band(length, window, causal, q.device)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal and mask is None, scale=scale
+        )
         found.append(out.transpose(1, 2).flatten(0, 1))
     return found[0] if len(sizes) == 1 else _permute(torch.cat(found), back_T, order_T)
 

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine_kernels.measured import times
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an implementation needs to know to say whether it can run."""
+    """What an implementation needs to know to say whether it can run, and how fast it is."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 0
+    length: int = 0
+    """Positions of a row."""
+    groups: int = 1
+    """Query heads for each key/value head."""
+    causal: bool = True
     dropout: bool = False
     """Attention weights are dropped."""
     documents: bool = False
     """Attention stays inside the documents of packed rows."""
+    padded: bool = False
+    """Rows end in padding that a query before it must not see."""
+    window: bool = False
+    """Attention sees a sliding window."""
+    deterministic: bool = False
+    """The same inputs give the same bits."""
+    compiled: bool = False
+    """What stands around it is compiled by torch.compile."""
+    width: int = 0
+    """Hidden size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +57,11 @@ class Choice:
     impl: Impl
     refused: tuple[tuple[str, str], ...]
     """(name, reason) of each implementation that was passed over because it cannot run."""
+    slower: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of each that can run and was passed over, because of measurements or of its place in the list."""
 
     def __str__(self) -> str:
-        passed_over = "".join(f"; not {name}: {reason}" for name, reason in self.refused)
+        passed_over = "".join(f"; not {name}: {reason}" for name, reason in (*self.slower, *self.refused))
         return f"{self.impl.op}: {self.impl.name}{passed_over}"
 
 
@@ -53,8 +73,13 @@ _IMPLS: dict[str, list[Impl]] = {}
 
 
 def register(impl: Impl) -> None:
-    """Add an implementation. The order of registration is the order of preference of `auto`."""
+    """Add an implementation. `auto` prefers what was registered first, where nothing was measured."""
     _IMPLS.setdefault(impl.op, []).append(impl)
+
+
+def operations() -> list[str]:
+    """All operations that have implementations."""
+    return list(_IMPLS)
 
 
 def implementations(op: str) -> list[Impl]:
@@ -63,19 +88,33 @@ def implementations(op: str) -> list[Impl]:
 
 
 def choose(op: str, name: str, situation: Situation) -> Choice:
-    """The implementation called `name`, or for `auto` the first that can run.
+    """The implementation called `name`, or for `auto` the fastest that can run.
+
+    `auto` takes the one with the shortest time in the measurements that the package ships for this architecture, and
+    the first registered where there are none.
 
     Raises:
         KernelUnavailable: `name` is unknown or cannot run here, or nothing can.
     """
-    refused: list[tuple[str, str]] = []
+    able, refused = [], []
     for impl in implementations(op):
         if name not in ("auto", impl.name):
             continue
         reason = impl.supports(situation)
         if reason is None:
-            return Choice(impl, tuple(refused))
-        refused.append((impl.name, reason))
-    known = ", ".join(impl.name for impl in implementations(op))
-    reasons = "; ".join(f"{n}: {r}" for n, r in refused) or "no such implementation"
-    raise KernelUnavailable(f"{op}={name} cannot run here ({reasons}). Known: {known}, auto")
+            able.append(impl)
+        else:
+            refused.append((impl.name, reason))
+    if not able:
+        known = ", ".join(impl.name for impl in implementations(op))
+        reasons = "; ".join(f"{n}: {r}" for n, r in refused) or "no such implementation"
+        raise KernelUnavailable(f"{op}={name} cannot run here ({reasons}). Known: {known}, auto")
+    measured = times(op, situation)
+    best = min(able, key=lambda impl: measured.us.get(impl.name, math.inf))
+    fastest = measured.us.get(best.name)
+    slower = tuple(
+        (impl.name, f"{measured.us[impl.name] / fastest:.2f} times the time {measured.where}")
+        for impl in able
+        if impl is not best and fastest is not None and impl.name in measured.us
+    )
+    return Choice(best, tuple(refused), slower)

@@ -29,6 +29,12 @@ def key_mask(lengths_B: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=lengths_B.device) < lengths_B.clamp(min=1)[:, None]
 
 
+def band(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """bool (`length`, `length`): keys less than `window` positions away, for `causal` not after the query."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.triu(1 - window).tril(0 if causal else window - 1)
+
+
 def attention(
     q_BSNH: Tensor,
     k_BSKH: Tensor,
@@ -39,6 +45,7 @@ def attention(
     lengths_B: Tensor | None = None,
     dropout: AttentionDropout | None = None,
     documents: Documents | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention with grouped key and value heads; scores and softmax in fp32 (fp64 for fp64 inputs).
 
@@ -52,6 +59,8 @@ def attention(
         dropout: how weights are dropped; None: not at all. Its mask is the same in every layout.
         documents: a position sees its own document only; None: its row. Padding is a document, so that `lengths_B`
             says nothing more.
+        window: a position sees keys less than this many positions away, itself among them (arXiv 2004.05150); None:
+            all.
 
     Returns:
         (B, S, N, H) in the dtype of `q_BSNH`.
@@ -65,12 +74,18 @@ def attention(
     if causal:
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         scores_BNST = scores_BNST.masked_fill(future, float("-inf"))
+    if window is not None:
+        scores_BNST = scores_BNST.masked_fill(~band(length, window, causal, q.device), float("-inf"))
     if documents is not None:
         number_BS = documents.numbers(q_BSNH.shape[0], length)
         other_BST = number_BS[:, :, None] != number_BS[:, None]
         scores_BNST = scores_BNST.masked_fill(other_BST[:, None], float("-inf"))
     elif lengths_B is not None:
-        scores_BNST = scores_BNST.masked_fill(~key_mask(lengths_B, length)[:, None, None], float("-inf"))
+        seen_BST = key_mask(lengths_B, length)[:, None]
+        if window is not None:
+            # Padding beyond the window of all keys sees itself: a softmax over nothing is no number.
+            seen_BST = seen_BST | torch.eye(length, dtype=torch.bool, device=q.device)
+        scores_BNST = scores_BNST.masked_fill(~seen_BST[:, None], float("-inf"))
     weights_BNST = scores_BNST.softmax(dim=-1)
     if dropout is not None:
         weights_BNST = drop(weights_BNST, dropout.keys(), dropout.p)

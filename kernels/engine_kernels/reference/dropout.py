@@ -82,12 +82,20 @@ def attention_keys(row_keys_BS: Tensor, first_head: int, count: int) -> Tensor:
     return _mix(row_keys_BS[:, None, :] ^ _mix(heads_N ^ _word(1))[:, None])
 
 
+def mask_salt(salt: int) -> int:
+    """What channels are combined with before they are hashed, int32."""
+    return _word(salt, 2)
+
+
+def keep_limit(p: float) -> int:
+    """Elements whose hash, int32, is below this are kept: (1 - p) * 2^32 of the signed range."""
+    return round((1.0 - p) * 2**32) - 2**31
+
+
 def _apply_mask(x: Tensor, keys: Tensor, p: float, salt: int) -> Tensor:
     channels_D = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-    hashes = _mix(keys[..., None] ^ _mix(channels_D ^ _word(salt, 2)))
-    # Hashes are uniform over the signed range: `limit` of its 2^32 values are kept.
-    limit = round((1.0 - p) * 2**32)
-    return torch.where(hashes < limit - 2**31, x * (1.0 / (1.0 - p)), 0.0)
+    hashes = _mix(keys[..., None] ^ _mix(channels_D ^ mask_salt(salt)))
+    return torch.where(hashes < keep_limit(p), x * (1.0 / (1.0 - p)), 0.0)
 
 
 class _Dropout(torch.autograd.Function):
