@@ -74,7 +74,8 @@ def run(bench: Bench, tutorial: str | None) -> None:
             print(f"attention: out of time, {len(todo) - number} cases left", flush=True)
             return
         leaves, dout = inputs_of(case, bench.device)
-        exact = last_head(*leaves, dout, causal=case.causal, documents=None)
+        q, k, v = leaves
+        exact = last_head(q, k, v, dout, causal=case.causal, documents=None)
         makers = {
             name: partial(entrant, build, leaves, dout) for name, build in systems(case, bench.device, tutorial).items()
         }

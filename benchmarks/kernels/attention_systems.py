@@ -157,7 +157,7 @@ def _flex(case: AttentionCase, device: torch.device, documents: Documents | None
 
 def _packed(varlen: Callable[..., Any], case: AttentionCase, documents: Documents) -> System:
     """A call over (T,N,H) with cumulative lengths as one over rows."""
-    sizes = {"cu_seqlens_q": documents.starts, "cu_seqlens_k": documents.starts}
+    sizes: dict[str, Any] = {"cu_seqlens_q": documents.starts, "cu_seqlens_k": documents.starts}
     sizes |= {"max_seqlen_q": documents.longest, "max_seqlen_k": documents.longest}
 
     def call(*qkv: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from benchmarks.kernels.timing import Budget, Call, Timer, Times, reason
 
 LONGEST_SHARE_S = 3.0
 """Seconds of samples of one case at most."""
+BUILD_SHARE = 1 / 3
+"""Of a suite's time that one system may spend on being built, which is mostly compiling."""
 BOTH = "fwd+bwd"
 
 
@@ -60,6 +62,8 @@ class Bench:
     budget: Budget
     without: frozenset[str] = frozenset()
     """Systems that are left out."""
+    built_s: dict[str, float] = field(default_factory=dict)
+    """What building each system has taken so far."""
 
     @property
     def device(self) -> torch.device:
@@ -164,9 +168,7 @@ def _built(
             continue
         why = ""
         try:
-            if bench.budget.over():
-                raise Unavailable("the suite's time was used up")
-            entrant = make()
+            entrant = _build(bench, name, make)
             errors[name] = of[name].judge(entrant.results)
             entrants[name] = Entrant(entrant.phases, (), entrant.facts)
         except Unavailable as error:
@@ -178,6 +180,18 @@ def _built(
             bench.sheet.unavailable(of[name].name, name, why, **of[name].facts)
             clean(bench.device)
     return entrants, errors
+
+
+def _build(bench: Bench, name: str, make: Callable[[], Entrant]) -> Entrant:
+    if bench.budget.over():
+        raise Unavailable("the suite's time was used up")
+    if bench.built_s.get(name, 0.0) > BUILD_SHARE * bench.budget.seconds:
+        raise Unavailable("compiling it for earlier cases took too much of the suite's time")
+    start = time.perf_counter()
+    try:
+        return make()
+    finally:
+        bench.built_s[name] = bench.built_s.get(name, 0.0) + time.perf_counter() - start
 
 
 def _write(bench: Bench, case: Case, name: str, phases: Mapping[str, list[float]], facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -41,13 +42,21 @@ def lengths_of_documents(rows: int, length: int, mean: float, seed: int = 0) -> 
 def run(bench: Bench) -> None:
     """The one case: two rows of 8192 positions, documents of 1024 in the mean."""
     rows, length, heads, head_dim, mean = (2, 32, 2, 16, 8.0) if bench.quick else (2, 8192, 16, 128, 1024.0)
-    shape = {"batch": rows, "length": length, "heads": heads, "kv_heads": heads, "head_dim": head_dim, "causal": True}
+    shape: dict[str, Any] = {
+        "batch": rows,
+        "length": length,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "causal": True,
+    }
     pieces = lengths_of_documents(rows, length, mean)
     packed, dense = AttentionCase(**shape, pieces=tuple(pieces)), AttentionCase(**shape)
     starts = torch.tensor([0, *pieces]).cumsum(0).int()
     documents = Documents(starts, max(pieces)).to(bench.device)
     leaves, dout = inputs_of(packed, bench.device)
-    exact = [last_head(*leaves, dout, causal=True, documents=which) for which in (documents, None)]
+    q, k, v = leaves
+    exact = [last_head(q, k, v, dout, causal=True, documents=which) for which in (documents, None)]
     work, dense_work = work_of(packed), work_of(dense)
     facts = {**facts_of(packed), "pieces": len(pieces), "longest": max(pieces)}
     entry = Case(packed.name, work, "tflops", facts, attention_judge(exact[0]))

@@ -77,7 +77,8 @@ def _octant(vocabulary: int, divisor: Tensor) -> Loss:
 
 def _both(loss: Loss, leaves: Sequence[Tensor], labels_T: Tensor) -> tuple[Tensor, ...]:
     """Loss and gradients by x and weight."""
-    value = loss(*leaves, labels_T)
+    x_TD, weight_VD = leaves
+    value = loss(x_TD, weight_VD, labels_T)
     return (value.detach(), *torch.autograd.grad(value, leaves))
 
 
@@ -94,7 +95,7 @@ def _write_memory(bench: Bench, case: Case, system: str, call: Callable[[], Sequ
     try:
         results = call()
     except Exception as error:
-        bench.sheet.unavailable(case.name, system, reason(error), **case.facts)
+        bench.sheet.unavailable(case.name, f"{system}, memory", reason(error), **case.facts)
         return
     torch.cuda.synchronize(bench.device)
     kept = sum(x.nbytes for x in results)

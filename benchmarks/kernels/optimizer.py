@@ -20,8 +20,8 @@ OCTANT, TORCH = "octant triton", "torch fused + copies"
 FOREACH = "torch foreach"
 STEP = "step"
 STEP_BYTES = 28
-_HELD_BYTES = 22 + 4 + 16 + 2 + 18
-"""An element's bytes while both systems are there: Octant's, torch's with a gradient in fp32, and the inputs."""
+_HELD_BYTES = 14 + 18 + 6 + 2
+"""An element's bytes while both systems are there: Octant's, torch's with a gradient in fp32, the inputs, and spare."""
 _OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 _JUDGED = 2**20
 """Elements at both ends that are compared."""
@@ -126,7 +126,7 @@ def _gradients(bench: Bench) -> None:
     squares = torch.stack([x.float().square().sum().double() for x in tensors])
     facts = {"suite": "optimizer", "tensors": len(tensors), "elements": count}
     work = {"norm": 2.0 * count, "scale": 4.0 * count}
-    judge = judge_by([squares.sum().sqrt(), tensors[0].float() * _FACTOR], 4e-3)
+    judge = judge_by([squares.sum().sqrt(), tensors[0].float() * _FACTOR], 1e-2)
     case = Case(f"gradients {len(tensors)} tensors n{count:.2g}", work, "gb_per_s", facts, judge)
     makers: dict[str, Callable[[], Entrant]] = {
         COPY: partial(copy_entrant, bench.device, case.work),

@@ -57,6 +57,16 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def _words(options: argparse.Namespace) -> list[str]:
+    """The command line once more, without folders of this machine."""
+    words = ["--commit", options.commit, "--suite", ",".join(options.suite), *(["--quick"] if options.quick else [])]
+    for name in ("budget_s", "tutorial", "without"):
+        if value := getattr(options, name):
+            text = f"{value:g}" if name == "budget_s" else Path(value).name
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
+
+
 def main(argv: list[str]) -> None:
     """Run the suites one after the other."""
     options = options_of(argv)
@@ -70,7 +80,7 @@ def main(argv: list[str]) -> None:
     from benchmarks.kernels.timing import Budget, Timer
 
     _prepare_compiler()
-    sheet = Sheet.open(options.out, options.commit, argv, device, quick=options.quick)
+    sheet = Sheet.open(options.out, options.commit, _words(options), device, quick=options.quick)
     timer = Timer(device, least=2, most=2) if options.quick else Timer(device)
     without = frozenset(options.without.split(",")) - {""}
     for name in options.suite:

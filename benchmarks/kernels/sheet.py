@@ -30,9 +30,9 @@ class Sheet:
 
     @classmethod
     def open(cls, folder: Path, commit: str, words: Sequence[str], device: torch.device, *, quick: bool) -> Sheet:
-        """Rows go to `rows.jsonl` in `folder`, after those that are there."""
+        """Rows go to `rows.jsonl` in `folder`, after those that are there. `words`: of the command, less the folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        command = f"python -m benchmarks.kernels.run {shlex.join(words)}"
+        command = f"python -m benchmarks.kernels.run OUT_FOLDER {shlex.join(words)}"
         return cls(folder / "rows.jsonl", commit, command, device, quick)
 
     def add(

@@ -8,6 +8,7 @@ takes longer. On a CPU, where figures mean nothing, the clock is the host's.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Budget:
     """Seconds of a suite, from the moment that it starts."""
 
     def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self._end = time.perf_counter() + seconds
 
     def left(self) -> float:
@@ -149,5 +151,6 @@ class Timer:
 
 def reason(error: BaseException) -> str:
     """One line that says what went wrong."""
-    text = " ".join(str(error).split())
+    # Of a path the last part: rows name no folders of one machine.
+    text = re.sub(r"(?<!\w)/(?:[\w.-]+/)+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
