@@ -195,11 +195,11 @@ def _tutorial(case: AttentionCase, file: str | None) -> System:
         raise Unavailable("has no grouped heads")
     module, tried = _tutorial_module(file)
     scale = case.head_dim**-0.5
-    # Its last argument, warp specialisation, is for the next architecture.
+    # It rounds to fp16 inside, whatever its inputs; its last argument, warp specialisation, is for other architectures.
     return System(
         lambda q, k, v: module.attention(q, k, v, case.causal, scale, False),
-        lambda x: x.transpose(1, 2).contiguous(),
-        {"configurations": tried},
+        lambda x: x.transpose(1, 2).half().contiguous(),
+        {"configurations": tried, "dtype": "float16"},
     )
 
 
