@@ -66,7 +66,7 @@ def work_of(case: AttentionCase) -> dict[str, float]:
     return {"fwd": forward, "bwd": 2.5 * forward}
 
 
-def run(bench: Bench, tutorial: str | None) -> None:
+def run(bench: Bench, tutorial: str | None = None) -> None:
     """All cases, until the time is over."""
     todo = list(cases(bench.quick))
     for number, case in enumerate(todo):

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,21 +78,27 @@ def main(argv: list[str]) -> None:
     from benchmarks.kernels import attention, documents, elementwise, loss, optimizer
     from benchmarks.kernels.contest import Bench, clean
     from benchmarks.kernels.sheet import Sheet
-    from benchmarks.kernels.timing import Budget, Timer
+    from benchmarks.kernels.timing import Budget, Timer, reason
 
     _prepare_compiler()
     sheet = Sheet.open(options.out, options.commit, _words(options), device, quick=options.quick)
     timer = Timer(device, least=2, most=2) if options.quick else Timer(device)
     without = frozenset(options.without.split(",")) - {""}
+    runs = {"documents": documents.run, "loss": loss.run, "elementwise": elementwise.run, "optimizer": optimizer.run}
+    runs["attention"] = partial(attention.run, tutorial=options.tutorial)
+    failed = []
     for name in options.suite:
         start, seconds = time.perf_counter(), options.budget_s or SUITES[name]
-        bench = Bench(sheet, timer, Budget(seconds), without)
-        if name == "attention":
-            attention.run(bench, options.tutorial)
-        else:
-            {"documents": documents, "loss": loss, "elementwise": elementwise, "optimizer": optimizer}[name].run(bench)
-        clean(device)
+        try:
+            runs[name](Bench(sheet, timer, Budget(seconds), without))
+            clean(device)
+        except Exception as error:
+            # A kernel that wrote where it must not spoils the device for all that come after it.
+            sheet.unavailable(name, "all", reason(error), suite=name)
+            failed.append(name)
         print(f"{name}: {time.perf_counter() - start:.0f} s of {seconds:.0f}", flush=True)
+    if failed:
+        raise SystemExit(f"ended early: {', '.join(failed)}")
 
 
 def _prepare_compiler() -> None:
