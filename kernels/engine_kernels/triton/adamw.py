@@ -35,13 +35,12 @@ def _moments(mean, square, g, beta1, weight1, beta2, weight2, SHORT1: tl.constex
     of a long memory. A short memory has nothing to add up, and its difference could cancel.
     """
     mean = tl.fma(mean, beta1, g * weight1) if SHORT1 else tl.fma(g - mean, weight1, mean)
-    energy = g * g
     if SHORT2:
-        square = tl.fma(square, beta2, energy * weight2)
+        square = tl.fma(square, beta2, g * g * weight2)
     else:
         # Infinite stays infinite, as in a sum, and its element at rest; the difference would be NaN.
         blown = square == float("inf")
-        square = tl.where(blown, square + energy, tl.fma(energy - square, weight2, square))
+        square = tl.where(blown, tl.fma(g, g, square), tl.fma(tl.fma(g, g, -square), weight2, square))
     return mean, square
 
 
@@ -62,10 +61,9 @@ def _adamw_block(
     BLOCK: tl.constexpr, SHORT1: tl.constexpr, SHORT2: tl.constexpr,
 ):  # fmt: skip
     """The elements from the pointers on where `inside` holds."""
-    lanes = tl.arange(0, BLOCK)
-    # Four elements of a thread in every dtype: eight would tear the vectors of fp32 apart.
-    narrow = tl.max_contiguous(lanes, [4])
-    g = tl.load(gradient + narrow, mask=inside, other=0.0, eviction_policy=_EVICT).to(tl.float32)
+    # Four elements of a thread in every dtype: eight of 16 bits would tear the vectors of fp32 apart.
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), [4])
+    g = tl.load(gradient + lanes, mask=inside, other=0.0, eviction_policy=_EVICT).to(tl.float32)
     w = tl.load(parameter + lanes, mask=inside, eviction_policy=_EVICT)
     mean = tl.load(exp_avg + lanes, mask=inside, eviction_policy=_EVICT)
     square = tl.load(exp_avg_sq + lanes, mask=inside, eviction_policy=_EVICT)
@@ -87,7 +85,7 @@ def _adamw_block(
     tl.store(exp_avg + lanes, mean, mask=inside, eviction_policy=_EVICT)
     tl.store(exp_avg_sq + lanes, square, mask=inside, eviction_policy=_EVICT)
     if copy_out is not None:
-        tl.store(copy_out + narrow, w.to(copy_out.dtype.element_ty), mask=inside)
+        tl.store(copy_out + lanes, w.to(copy_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -215,7 +213,8 @@ def adamw_step(
 ) -> None:
     """One step of AdamW in place, as torch.optim.AdamW makes it, in one pass over memory and in fp32.
 
-    The formula, and what is not said here, stand at `engine_kernels.reference.adamw.adamw_step`.
+    The formula, and what is not said here, stand at `engine_kernels.reference.adamw.adamw_step`. A gradient beyond
+    1.8e19 has an infinite square, which leaves its element at rest.
 
     Args:
         parameter, exp_avg, exp_avg_sq: (n,), fp32, contiguous; n may pass 2^31. Fastest where their addresses, and
