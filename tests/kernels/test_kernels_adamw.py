@@ -96,6 +96,24 @@ def test_twenty_steps_are_those_of_torch(
         assert_twice_as_good(name, getattr(found, name), getattr(single, name), getattr(exact, name))
 
 
+@both
+def test_without_memory_large_moments_are_forgotten(step: Step, device: torch.device) -> None:
+    gradient = draw(41, device, 4)
+    state = State(torch.zeros(41, device=device), *(torch.full((41,), 1e8, device=device) for _ in range(2)))
+    state.step(step, gradient, betas=(0.0, 0.0))
+    assert torch.equal(state.exp_avg, gradient)
+    torch.testing.assert_close(state.exp_avg_sq, gradient.square(), rtol=1e-6, atol=0)
+
+
+def test_a_long_memory_does_not_drift(device: torch.device) -> None:
+    """0.999 in fp32 is 1.3e-8 too large, which a product would add up to 2.6e-6 in 200 steps."""
+    gradient = draw(41, device, 4)
+    state = State(torch.zeros_like(gradient), gradient.clone(), gradient.square())
+    for _ in range(200):
+        state.step(fused.adamw_step, gradient, 1)
+    torch.testing.assert_close(state.exp_avg_sq.double(), gradient.double().square(), rtol=5e-7, atol=0)
+
+
 @pytest.mark.parametrize("n", [1, 7, 41, 1000, 4096])
 def test_any_length_is_the_start_of_a_longer_one(n: int, device: torch.device) -> None:
     long = State.drawn(4097, device)
