@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101, algorithm 2) over flat fp32 state: every tensor is read and written once.
 
 Consecutive threads hold four consecutive elements, which is 16 bytes of fp32 and 8 bytes of a 16-bit dtype, and each
-thread has two of these from every tensor: eight loads are under way before the first use.
+thread has two of these from every tensor: six to eight loads are under way before the first use.
 """
 
 # Arguments of kernels have types that no annotation says.
@@ -169,7 +169,7 @@ def _(*_: Tensor | float | None) -> None:
     return None
 
 
-def _check_dtypes(
+def _check_for_triton(
     parameter: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
@@ -235,7 +235,7 @@ def adamw_step(
         parameter, gradient, exp_avg, exp_avg_sq, lr, betas, eps, weight_decay, step, grad_scale, copy_out,
         partial_square,
     )  # fmt: skip
-    _check_dtypes(parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square)
+    _check_for_triton(parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square)
     _adamw(
         parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, lr, *betas, eps,
         weight_decay, step,
