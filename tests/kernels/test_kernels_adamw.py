@@ -212,12 +212,13 @@ def test_views_at_any_address_and_gradients_of_any_stride(step: Step, device: to
 
 
 @both
-@pytest.mark.parametrize("n", [0, 1, 2048, 4097])
-def test_squares_of_the_gradients_by_block(step: Step, n: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("n", "scale"), [(0, None), (1, 0.1), (2048, None), (4097, 0.1)])
+def test_squares_of_the_gradients_by_block(step: Step, n: int, scale: float | None, device: torch.device) -> None:
     gradient = draw(n, device, 4).bfloat16()
     partial = torch.full((fused.partial_square_length(n),), math.nan, device=device)
     state = State.drawn(n, device)
-    state.step(step, gradient, partial_square=partial, grad_scale=torch.tensor(0.1, device=device))
+    factor = None if scale is None else torch.tensor(scale, device=device)
+    state.step(step, gradient, partial_square=partial, grad_scale=factor)
     wanted = torch.stack([x.double().square().sum() for x in gradient.split(reference.BLOCK)]) if n else partial
     torch.testing.assert_close(partial.double(), wanted.double(), rtol=1e-6, atol=0)
 
