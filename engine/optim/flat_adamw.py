@@ -1,0 +1,81 @@
+"""AdamW (arXiv 1711.05101, algorithm 2) by a kernel that passes once over each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class AdamWStep(Protocol):
+    """One step over flat tensors in place; see `engine_kernels.reference.adamw.adamw_step`."""
+
+    def __call__(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        step: int,
+    ) -> None: ...
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with another kernel, for the flat fp32 tensors that ZeRO makes of parameters.
+
+    The state has the names that torch's has, and either loads that of the other. Steps are counted on the host, so
+    that no step waits for the device.
+
+    Args:
+        groups: parameter groups; contiguous tensors of any shape. `weight_decay` is 0 where a group has none.
+        lr, betas, eps: as torch.optim.AdamW has them.
+        update: the kernel.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        update: AdamWStep,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._update = update
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient.
+
+        Raises:
+            ValueError: the kernel does not take the tensors or the options.
+        """
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is None:
+                    continue
+                state = self.state[tensor]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(tensor)
+                # Only what torch's AdamW has counted is a tensor, and only at the first step after loading it.
+                state["step"] = int(state.get("step", 0)) + 1
+                self._update(
+                    tensor.view(-1),
+                    tensor.grad.reshape(-1),
+                    state["exp_avg"].view(-1),
+                    state["exp_avg_sq"].view(-1),
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=state["step"],
+                )
