@@ -15,9 +15,9 @@ def check_rotary(name: str, x: Tensor, cos_SR: Tensor, sin_SR: Tensor, positions
     """Refuse what cannot be turned; `name` is that of `x`.
 
     Raises:
-        ValueError: `x` is not (B, S, N, H) floating, the tables are not both fp32 (positions, R/2) with 2 <= R <= H, there
-            are more places than rows of the tables and no positions, `positions_BS` is not int64 (B, S), or devices
-            differ.
+        ValueError: `x` is not (B, S, N, H) floating, the tables are not both fp32 (positions, R/2) with 2 <= R <= H,
+            there are more places than rows of the tables and no positions, `positions_BS` is not int64 (B, S), or
+            devices differ.
     """
     require_floating(name, x)
     if x.dim() != 4:

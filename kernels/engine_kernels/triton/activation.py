@@ -1,5 +1,6 @@
 """SwiGLU and GELU in Triton. Shape: F channels; T rows of F or 2F, all dimensions before."""
 
+# ruff: noqa: ANN001, ANN202 -- the arguments of kernels have types that Triton finds out.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _(h: Tensor, bias_F: Tensor | None, tanh: bool) -> Tensor:
 
 
 def _launch_gelu_backward(dout: Tensor, h: Tensor, bias_F: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor | None]:
-    dh, dbias_F = torch.empty(h.shape, dtype=h.dtype, device=h.device), None
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if not dh.numel():
         return dh, None if bias_F is None else torch.zeros(bias_F.shape, dtype=h.dtype, device=h.device)
     dout, h = as_rows(dout), as_rows(h)

@@ -4,6 +4,7 @@ A program walks over tiles of rows and keeps the weight, and in the backward pas
 registers. Both passes are bound by memory.
 """
 
+# ruff: noqa: ANN001, ANN202 -- the arguments of kernels have types that Triton finds out.
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, N query heads, K key heads, H head dim; R of the H dims are turned.
 """
 
+# ruff: noqa: ANN001, ANN202 -- the arguments of kernels have types that Triton finds out.
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from engine_kernels.reference.rotary import check_pair, check_rotary
 from engine_kernels.triton.rows import require_triton
 
-# The constants to tune: pairs of a tile (tokens * heads * R/2, or as many of the dims that stay), heads of a tile at most, warps.
+# The constants to tune: pairs of a tile (tokens * heads * R/2, or half its dims that stay), heads at most, warps.
 _PAIRS, _HEADS, _WARPS = 2048, 32, 4
 
 
@@ -29,7 +30,7 @@ def _turn(
     pair = tl.arange(0, PAIRS)[None, None, :]
     for start in range(0, HEADS, TILE_HEADS):
         head = (start + tl.arange(0, TILE_HEADS))[None, :, None]
-        from_ptr, to_ptr = x_ptr + x_at + head * head_stride, out_ptr + out_at + head * H
+        from_ptr, to_ptr = x_ptr + x_at + head.to(tl.int64) * head_stride, out_ptr + out_at + head * H
         inside = token_mask & (head < HEADS)
         mask = inside & (pair < HALF)
         first = tl.load(from_ptr + pair, mask=mask, other=0.0).to(tl.float32)
@@ -95,13 +96,14 @@ def _launch(
     tile_n, tile_k = (min(triton.next_power_of_2(max(n, 1)), _HEADS) for n in (heads, k_heads))
     rest = triton.next_power_of_2(max(width - 2 * half, 1))
     tokens = max(1, _PAIRS // (max(tile_n, tile_k) * max(pairs, rest // 2)))
-    _kernel[(triton.cdiv(rows * length, tokens),)](
-        q, k, q_out, k_out, cos_SR.contiguous(), sin_SR.contiguous(),
-        None if positions_BS is None else positions_BS.contiguous(), rows * length, length, cos_SR.shape[0],
-        *q.stride()[:3], *((0, 0, 0) if k is None else k.stride()[:3]),
-        N=heads, K=k_heads, H=width, HALF=half, TOKENS=tokens, TILE_N=tile_n, TILE_K=tile_k, PAIRS=pairs,
-        REST=rest, BACK=back, num_warps=_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _kernel[(triton.cdiv(rows * length, tokens),)](
+            q, k, q_out, k_out, cos_SR.contiguous(), sin_SR.contiguous(),
+            None if positions_BS is None else positions_BS.contiguous(), rows * length, length, cos_SR.shape[0],
+            *q.stride()[:3], *((0, 0, 0) if k is None else k.stride()[:3]),
+            N=heads, K=k_heads, H=width, HALF=half, TOKENS=tokens, TILE_N=tile_n, TILE_K=tile_k, PAIRS=pairs,
+            REST=rest, BACK=back, num_warps=_WARPS,
+        )  # fmt: skip
     return q_out, k_out
 
 

@@ -3,6 +3,7 @@
 A kernel over rows has tiles of ROWS rows and BLOCK columns, the power of two from the width on or a part of the width.
 """
 
+# ruff: noqa: ANN001, ANN201, ANN202 -- the arguments of kernels have types that Triton finds out.
 from __future__ import annotations
 
 import torch
@@ -41,7 +42,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` (..., D), not empty, as (rows, D) whose last stride is one: a view where its strides allow it, else a copy."""
+    """`x` (..., D), not empty, as (rows, D) with a last stride of one: a view where strides allow it, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
@@ -87,7 +88,5 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     sums = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     width = sums.numel()
     grid = (triton.cdiv(width, _SUM_COLUMNS),)
-    _sum_kernel[grid](
-        partials, sums, len(partials), width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS
-    )
+    _sum_kernel[grid](partials, sums, len(partials), width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS)
     return sums
