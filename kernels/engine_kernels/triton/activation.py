@@ -146,7 +146,8 @@ def _swiglu(h: Tensor) -> Tensor:
     if out.numel():
         h = as_rows(h)
         constants, below, beside = _SWIGLU.tiles(len(h), out.shape[-1])
-        _swiglu_kernel[(below * beside,)](h, out, len(h), h.stride(0), **constants)
+        with torch.cuda.device_of(h):
+            _swiglu_kernel[(below * beside,)](h, out, len(h), h.stride(0), **constants)
     return out
 
 
@@ -161,7 +162,8 @@ def _swiglu_backward(dout: Tensor, h: Tensor) -> Tensor:
     if dh.numel():
         dout, h = as_rows(dout), as_rows(h)
         constants, below, beside = _SWIGLU.tiles(len(h), dout.shape[-1])
-        _swiglu_backward_kernel[(below * beside,)](dout, h, dh, len(h), dout.stride(0), h.stride(0), **constants)
+        with torch.cuda.device_of(h):
+            _swiglu_backward_kernel[(below * beside,)](dout, h, dh, len(h), dout.stride(0), h.stride(0), **constants)
     return dh
 
 
@@ -176,7 +178,8 @@ def _gelu(h: Tensor, bias_F: Tensor | None, tanh: bool) -> Tensor:
     if out.numel():
         h, bias_F = as_rows(h), None if bias_F is None else bias_F.contiguous()
         constants, below, beside = _GELU.tiles(*h.shape)
-        _gelu_kernel[(below * beside,)](h, bias_F, out, len(h), h.stride(0), TANH=tanh, **constants)
+        with torch.cuda.device_of(h):
+            _gelu_kernel[(below * beside,)](h, bias_F, out, len(h), h.stride(0), TANH=tanh, **constants)
     return out
 
 
@@ -196,10 +199,11 @@ def _launch_gelu_backward(dout: Tensor, h: Tensor, bias_F: Tensor | None, tanh: 
         programs = _BIAS_PROGRAMS * multiprocessors(h.device)
         bias_F, groups = bias_F.contiguous(), min(groups, max(1, programs // beside))
         partials = torch.empty(groups, h.shape[1], dtype=torch.float32, device=h.device)
-    _gelu_backward_kernel[(groups * beside,)](
-        dout, h, bias_F, dh, partials, len(h), groups, dout.stride(0), h.stride(0),
-        STAGES=1 if bias_F is None else _BIAS_STAGES, TANH=tanh, **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(h):
+        _gelu_backward_kernel[(groups * beside,)](
+            dout, h, bias_F, dh, partials, len(h), groups, dout.stride(0), h.stride(0),
+            STAGES=1 if bias_F is None else _BIAS_STAGES, TANH=tanh, **constants,
+        )  # fmt: skip
     return dh, None if partials is None else sum_partials(partials, h.dtype)
 
 

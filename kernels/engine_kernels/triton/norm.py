@@ -164,11 +164,12 @@ def forward(
     if rows:
         x, residual = as_rows(x), None if residual is None else as_rows(residual)
         launch = _FORWARD.launch(x, 1 if residual is None else 2)
-        _forward_kernel[(launch.programs,)](
-            x, residual, weight_D.contiguous(), None if bias_D is None else bias_D.contiguous(), y, s, mean, rstd,
-            rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            D=width, BLOCK=launch.block, ROWS=launch.rows, STAGES=launch.stages, num_warps=launch.warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward_kernel[(launch.programs,)](
+                x, residual, weight_D.contiguous(), None if bias_D is None else bias_D.contiguous(), y, s, mean, rstd,
+                rows, x.stride(0), 0 if residual is None else residual.stride(0), eps,
+                D=width, BLOCK=launch.block, ROWS=launch.rows, STAGES=launch.stages, num_warps=launch.warps,
+            )  # fmt: skip
     return Normed(y, s, mean, rstd)
 
 
@@ -188,9 +189,10 @@ def backward(
     dy, x, ds = as_rows(dy), as_rows(x), None if ds is None else as_rows(ds)
     launch = _BACKWARD.launch(x, 2 if ds is None else 3)
     partials = torch.empty(launch.programs, vectors, width, dtype=torch.float32, device=x.device)
-    _backward_kernel[(launch.programs,)](
-        dy, ds, x, weight_D.contiguous(), mean, rstd, dx, partials,
-        rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
-        D=width, BLOCK=launch.block, ROWS=launch.rows, STAGES=launch.stages, VECTORS=vectors, num_warps=launch.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _backward_kernel[(launch.programs,)](
+            dy, ds, x, weight_D.contiguous(), mean, rstd, dx, partials,
+            rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0), D=width, BLOCK=launch.block,
+            ROWS=launch.rows, STAGES=launch.stages, VECTORS=vectors, num_warps=launch.warps,
+        )  # fmt: skip
     return dx, sum_partials(partials, weight_D.dtype)

@@ -88,5 +88,8 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     sums = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     width = sums.numel()
     grid = (triton.cdiv(width, _SUM_COLUMNS),)
-    _sum_kernel[grid](partials, sums, len(partials), width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS)
+    with torch.cuda.device_of(partials):
+        _sum_kernel[grid](
+            partials, sums, len(partials), width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=_SUM_WARPS
+        )
     return sums
