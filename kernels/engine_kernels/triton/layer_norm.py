@@ -22,7 +22,8 @@ def _layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) 
 @_layer_norm.register_fake
 def _(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+    mean_T, rstd_T = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean_T, rstd_T
 
 
 @torch.library.custom_op("octant::add_layer_norm", mutates_args=())
