@@ -100,8 +100,8 @@ CASES = [
     ("rms", (1, 1), FP32, True, False),
     ("layer", (2, 7, 41), FP32, True, True),
     ("layer", (2, 7, 41), BF16, False, False),
-    ("layer", (113, 1000), BF16, True, True),
-    ("layer", (123, 1000), FP32, False, True),
+    ("layer", (41, 1000), BF16, True, True),
+    ("layer", (41, 1000), FP32, False, True),
     ("layer", (41, 123), FP16, True, False),
     ("layer", (1000, 7), BF16, False, True),
 ]
@@ -160,7 +160,7 @@ def test_one_of_two_outputs_gets_a_gradient(kind: str, used: str, device: torch.
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_sums_repeat_bit_for_bit(kind: str, device: torch.device) -> None:
-    given = inputs(kind, (1000, 41), BF16, device, residual=True, bias=True)
+    given = inputs(kind, (113, 41), BF16, device, residual=True, bias=True)
     first, second = run(ours, given, kind), run(ours, given, kind)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
