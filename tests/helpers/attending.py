@@ -140,7 +140,14 @@ def check(fn: Callable[..., Tensor], case: Case) -> None:
     exact = forward_backward(case.formula, [x.double() for x in values])
     baseline = forward_backward(case.formula, values)
     for name, *tensors in zip(("out", "dq", "dk", "dv"), found, baseline, exact, strict=True):
-        assert_twice_as_good(f"{name} of {case}", *map(case.real, tensors))
+        mine, other, true = map(case.real, tensors)
+        if name in ("dq", "dk") and float(true.abs().max()) < 1e-9:
+            # One visible key: the gradient of its weight, which is 1, cancels out of terms of about this size.
+            k, do = (values[i].double().abs() for i in (1, 3))
+            size = (do.amax() * exact[0].abs().amax() * case.head_dim**0.5 * k.amax()) / (1 - case.p)
+            assert float(mine.abs().max()) <= float(size) * torch.finfo(case.dtype).eps, f"{name} of {case}"
+        else:
+            assert_twice_as_good(f"{name} of {case}", mine, other, true)
 
 
 def random_case(number: int, device: torch.device, lengths: tuple[int, ...] = LENGTHS) -> Case:

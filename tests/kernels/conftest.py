@@ -17,15 +17,16 @@ if not NATIVE:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    def rounded(values: Any, source: Any, target: Any, mode: Any, convert: Any = interpreter._convert_float) -> Any:
-        """The interpreter cuts off where the hardware rounds to the nearest, and then to even."""
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(values, source, target, mode)
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return np.where(np.isnan(values), (bits >> 16) | 0x40, up).astype(np.uint16).reshape(values.shape)
+    _cast = interpreter.InterpreterBuilder.cast_impl
 
-    interpreter._convert_float = rounded
+    def _rounding_cast(builder: Any, source: Any, target: Any) -> Any:
+        """The interpreter cuts fp32 off where it becomes bf16; GPUs round to the nearest, ties to even."""
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return _cast(builder, source, target)
+
+    interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

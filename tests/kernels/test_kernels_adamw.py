@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine_kernels.reference import adamw as reference
 from engine_kernels.triton import adamw as fused
-from tests.helpers.rounding import round_like_a_gpu
 from tests.helpers.twice import assert_twice_as_good
 
 STEPS = 20
@@ -22,12 +21,6 @@ NAMES = ("parameter", "exp_avg", "exp_avg_sq")
 
 Step = Callable[..., None]
 both = pytest.mark.parametrize("step", [reference.adamw_step, fused.adamw_step], ids=["reference", "triton"])
-
-
-@pytest.fixture(autouse=True)
-def _rounding(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    if device.type == "cpu":
-        round_like_a_gpu(monkeypatch)
 
 
 def draw(n: int, device: torch.device, seed: int) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine_kernels.reference import grad_norm as reference
 from engine_kernels.triton import grad_norm as fused
-from tests.helpers.rounding import round_like_a_gpu
 
 both = pytest.mark.parametrize("kernels", [reference, fused], ids=["reference", "triton"])
 Kernels = Any
@@ -29,8 +28,6 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None
         return buffer.fill_(math.nan) if buffer.is_floating_point() else buffer
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    if device.type == "cpu":
-        round_like_a_gpu(monkeypatch)
 
 
 def wild(device: torch.device) -> list[Tensor]:
