@@ -7,70 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from engine_kernels.reference.linear_cross_entropy import linear_cross_entropy as reference
 from engine_kernels.triton import linear_cross_entropy as module
 from engine_kernels.triton import linear_cross_entropy_rows as rows
 from engine_kernels.triton.linear_cross_entropy import linear_cross_entropy
+from tests.helpers.fused_loss import ALL, FLOATS, NAMES, Allocations, draw, exact, measure, unfused
 from tests.helpers.twice import assert_twice_as_good
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ALL: dict[str, Any] = {"smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.5}
-NAMES = ("loss", "x", "weight", "bias")
-
-
-def draw(
-    device: torch.device, shape: tuple[int, int, int], vocab_size: int, dtype: torch.dtype, *, bias: bool = False
-) -> tuple[list[Tensor], Tensor]:
-    """x (T, D), weight (V, D) and, if asked for, bias (V,), for logits of a few units; labels, a fifth ignored."""
-    tokens, width, entries = shape
-    seed = torch.Generator().manual_seed(sum(shape))
-    values = [torch.randn(tokens, width, generator=seed), 3 * torch.randn(entries, width, generator=seed) / width**0.5]
-    values += [torch.randn(entries, generator=seed)] if bias else []
-    labels = torch.randint(0, vocab_size, (tokens,), generator=seed)
-    labels[4::5] = -100
-    return [v.to(device, dtype) for v in values], labels.to(device)
-
-
-def measure(
-    function: Callable[..., Tensor], values: list[Tensor], labels: Tensor, upstream: float = 1.0, **options: Any
-) -> list[Tensor]:
-    """Loss, and gradients of `upstream` times the loss."""
-    leaves = [v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for v in values]
-    options = {"divisor": torch.tensor(17.0, device=labels.device), **options}
-    loss = function(*leaves[:2], labels, bias_V=(*leaves, None)[2], **options)
-    return [loss.detach(), *torch.autograd.grad(upstream * loss, leaves)]
-
-
-def unfused(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias_V: Tensor | None,
-    divisor: Tensor,
-    vocab_size: int,
-    logit_scale: float = 1.0,
-    smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """torch's own operations, with the logits in full."""
-    logits = F.linear(x, weight).float() * logit_scale
-    logits = (logits if bias_V is None else logits + bias_V)[:, :vocab_size]
-    total = (
-        F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum")
-        + z_loss * torch.logsumexp(logits, -1)[labels != ignore_index].square().sum()
-    )
-    return total / divisor
-
-
-def exact(values: list[Tensor], labels: Tensor, upstream: float = 1.0, **options: Any) -> list[Tensor]:
-    return measure(reference, [v.double() for v in values], labels, upstream, **options)
+OPERATORS = (module._linear_cross_entropy, module._scale_unless_one)
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, values: list[Tensor], tokens: int, vectors: int) -> None:
@@ -174,28 +119,6 @@ def test_no_buffer_is_read_before_it_is_written(
         assert torch.equal(found, want)
 
 
-class _Allocations(TorchDispatchMode):
-    """Elements of every floating tensor that is made, inside the project's operators too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = {
-            torch.ops.octant.linear_cross_entropy.default: module._linear_cross_entropy._init_fn,
-            torch.ops.octant.scale_unless_one_.default: module._scale_unless_one._init_fn,
-        }
-        if func in inside:
-            with self:
-                return inside[func](*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        new = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given]
-        self.sizes += [t.numel() for t in new if t.dtype.is_floating_point]
-        return out
-
-
 def test_logits_never_exist_in_full_and_the_backward_pass_allocates_nothing(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,11 +127,11 @@ def test_logits_never_exist_in_full_and_the_backward_pass_allocates_nothing(
     whole = measure(linear_cross_entropy, values, labels, vocab_size=entries)
     monkeypatch.setattr(module, "LOGITS_BYTES", 3 * entries * 4)
     leaves = [v.requires_grad_() for v in values]
-    with _Allocations() as forward:
+    with Allocations(*OPERATORS) as forward:
         loss = linear_cross_entropy(*leaves, labels, divisor=torch.tensor(17.0, device=device), vocab_size=entries)
     assert sorted(forward.sizes)[-1] == entries * width
     assert 3 * entries in forward.sizes
-    with _Allocations() as backward:
+    with Allocations(*OPERATORS) as backward:
         loss.backward(torch.tensor(3.0, device=device))
     # The gradients as they were stored, without a copy.
     assert set(backward.sizes) <= {0, 1}
@@ -240,7 +163,7 @@ def test_only_wanted_gradients(device: torch.device, wanted: tuple[int, ...]) ->
     options = {**ALL, "divisor": torch.tensor(17.0, device=device), "vocab_size": 41}
     whole = measure(linear_cross_entropy, values, labels, **options)
     leaves = [v.requires_grad_(i in wanted) for i, v in enumerate(values)]
-    with _Allocations() as seen:
+    with Allocations(*OPERATORS) as seen:
         loss = linear_cross_entropy(*leaves[:2], labels, bias_V=leaves[2], **options)
     assert torch.equal(loss.detach(), whole[0])
     assert loss.requires_grad == bool(wanted)
@@ -258,7 +181,7 @@ def test_evaluation_computes_no_gradient(device: torch.device) -> None:
     divisor = torch.tensor(17.0, device=device)
     learned = measure(linear_cross_entropy, values, labels, vocab_size=41)
     leaves = [v.requires_grad_() for v in values]
-    with torch.no_grad(), _Allocations() as seen:
+    with torch.no_grad(), Allocations(*OPERATORS) as seen:
         loss = linear_cross_entropy(*leaves, labels, divisor=divisor, vocab_size=41)
         nothing = linear_cross_entropy(*leaves, torch.full_like(labels, -100), divisor=divisor, vocab_size=41)
     assert torch.equal(loss, learned[0])

@@ -146,7 +146,9 @@ def linear_cross_entropy(
     labels_T = labels_T.masked_fill(ignored_T, 0)
     total_T, target_T, mean_T, largest_T = _statistics(z_TV, labels_T - first, vocab_size - first, vocab_size, group)
     partition_T = total_T.log() + largest_T
-    losses_T = total_T.log() - (1 - smoothing) * target_T - smoothing * mean_T + z_loss * partition_T.square()
+    losses_T = total_T.log() - (1 - smoothing) * target_T + z_loss * partition_T.square()
+    if smoothing:
+        losses_T = losses_T - smoothing * mean_T
     unknown_T = (labels_T < 0) | (labels_T >= vocab_size)
     losses_T = losses_T * torch.ones_like(losses_T).masked_fill(unknown_T, float("nan"))
     return losses_T.masked_fill(ignored_T, 0.0).sum() / divisor.to(losses_T.dtype).reshape(())
