@@ -52,12 +52,12 @@ def test_a_tensor_is_scaled_where_the_factor_is_not_one(
         torch.testing.assert_close(x, want, rtol=off, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_compiles_without_a_break(device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_compiles_without_a_break(device: torch.device, dtype: torch.dtype, dynamic: bool) -> None:
     values, labels = draw(device, (7, 7, 113), 41, dtype, bias=True)
     options = {**ALL, "vocab_size": 41}
     want = measure(linear_cross_entropy, values, labels, 3.0, **options)
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for found, right in zip(measure(compiled, values, labels, 3.0, **options), want, strict=True):
         assert torch.equal(found, right)
     with torch.no_grad():

@@ -51,8 +51,10 @@ def _shrink(x: Tensor) -> float:
 
     Not 1 in fp16 with many tokens, the sum of whose gradients could pass the largest number.
     """
-    excess = (len(x) - 1).bit_length() - (FP16_TOKENS - 1).bit_length()
-    return 2.0 ** -max(0, excess) if _division_waits(x) else 1.0
+    if not _division_waits(x):
+        return 1.0
+    excess = (int(x.shape[0]) - 1).bit_length() - (FP16_TOKENS - 1).bit_length()
+    return 2.0 ** -max(0, excess)
 
 
 def _division_waits(x: Tensor) -> bool:
