@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +23,19 @@ KINDS = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torc
 
 
 class _Fused(torch.autograd.Function):
-    """Attention, heads first, whose backward pass takes the mean of the weights' gradients from the rounded output."""
+    """Attention, heads first, as fused kernels do it.
+
+    The backward pass computes the weights anew from the scores and the logarithm of their sum, and takes the mean of
+    the weights' gradients from the rounded output.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, kept: Tensor, scale: float) -> Tensor:
-        weights = ((q @ k.transpose(-1, -2)) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = ((q @ k.transpose(-1, -2)).float() * scale).masked_fill(hidden, float("-inf"))
+        # Of base 2, as their hardware's exponentials.
+        scores = scores * math.log2(math.e)
+        lse = scores.exp2().sum(-1, keepdim=True).log2()
+        weights = (scores - lse).exp2().to(q.dtype)
         out = (weights * kept) @ v
         ctx.save_for_backward(q, k, v, weights, kept, out)
         ctx.scale = scale
