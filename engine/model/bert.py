@@ -28,7 +28,7 @@ from engine.parallel.embedding import VocabParallelBias
 from engine.parallel.linear import ReplicatedLinear
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
-from engine_kernels.ops import AttentionFn
+from engine_kernels.ops import Kernels
 
 Outputs = tuple[Tensor, Tensor | None]
 """Hidden states (B, L, D) or logits (B, S, this rank's columns), and sentence classes (B, 2)."""
@@ -52,11 +52,11 @@ class TokenTypes(nn.Module):
 class EmbeddingRest(nn.Module):
     """Positions and segments on top of the token embedding, then the norm."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool) -> None:
+    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool, kernels: Kernels) -> None:
         super().__init__()
         self.positions = LearnedPositions(cfg, tp, sequence)
         self.types = TokenTypes(cfg, tp, sequence) if cfg.token_types else None
-        self.norm = make_norm(cfg, tp, sequence=sequence)
+        self.norm = make_norm(cfg, tp, kernels, sequence=sequence)
 
     def forward(self, x_BLD: Tensor, feed: Feed) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -70,13 +70,13 @@ class EmbeddingRest(nn.Module):
 class HeadTransform(nn.Module):
     """Dense, GELU and norm before the vocabulary projection; pooler and sentence classes from the first token."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool) -> None:
+    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool, kernels: Kernels) -> None:
         super().__init__()
-        self.tp, self.sequence = tp, sequence
+        self.tp, self.sequence, self.gelu = tp, sequence, kernels.gelu
         width = cfg.hidden_size
         dense = partial(ReplicatedLinear, width, tp=tp, bias=cfg.bias, init_std=matrix_std(cfg))
         self.dense = dense(width, sequence=sequence)
-        self.norm = make_norm(cfg, tp, sequence=sequence)
+        self.norm = make_norm(cfg, tp, kernels, sequence=sequence)
         sentence = cfg.sentence_head is not SentenceHead.none
         # The first token is the same on all tp ranks, so these see all of it.
         self.pooler = dense(width, sequence=False) if sentence else None
@@ -84,7 +84,7 @@ class HeadTransform(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Outputs:
         """(B, L, D) -> (B, L, D) and classes (B, 2)."""
-        hidden: Tensor = self.norm(F.gelu(self.dense(x_BLD)))
+        hidden: Tensor = self.norm(self.gelu(self.dense(x_BLD), approximate="none"))
         if self.pooler is None or self.classes is None:
             return hidden, None
         first_BD = x_BLD[:, :1]
@@ -110,16 +110,16 @@ def _add_bias(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
     return module(outputs[0]), outputs[1]
 
 
-def bert_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def bert_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """Embeddings, post-norm blocks, and heads that share a stage: logits (B, S, this rank's columns) and classes."""
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
     table, head, tied = vocabulary(cfg, ctx)
     bias = partial(VocabParallelBias, model.vocab_size, padded_vocab(model, tp.size), tp)
     return [
         LayerDef("embed.tokens", table, embed_tokens, tied),
-        LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence), partial(_embed_rest, model)),
-        *block_layers(cfg, ctx, attention),
-        LayerDef("head.transform", partial(HeadTransform, model, tp, sequence), _transform),
+        LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence, kernels), partial(_embed_rest, model)),
+        *block_layers(cfg, ctx, kernels),
+        LayerDef("head.transform", partial(HeadTransform, model, tp, sequence, kernels), _transform),
         LayerDef("head", head, _project, tied, glued=True),
         LayerDef("head.bias", bias, _add_bias, glued=True),
     ]

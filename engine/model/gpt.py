@@ -23,7 +23,7 @@ from engine.model.rope import RotaryTable
 from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
-from engine_kernels.ops import AttentionFn, dropout
+from engine_kernels.ops import Kernels, dropout
 
 Factory = Callable[[], nn.Module]
 
@@ -99,7 +99,7 @@ def vocabulary(cfg: Config, ctx: ParallelContext) -> tuple[Factory, Factory, str
     return (table, table, "tokens") if model.tied_head else (table, head, None)
 
 
-def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def block_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """The transformer blocks."""
     model = cfg.model
     rotary = None
@@ -109,7 +109,7 @@ def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> l
         tp=ctx.tp,
         cp=ctx.cp,
         sequence=uses_sequence(cfg, ctx),
-        attention=attention,
+        kernels=kernels,
         rotary=rotary,
         recompute_attention=cfg.train.recompute is Recompute.selective,
     )
@@ -125,7 +125,7 @@ def uses_sequence(cfg: Config, ctx: ParallelContext) -> bool:
     return cfg.parallel.sequence and ctx.tp.size > 1
 
 
-def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def gpt_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """Token embedding, positions, pre-norm blocks, norm, output projection: logits (B, S, this rank's columns)."""
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
     table, head, tied = vocabulary(cfg, ctx)
@@ -135,7 +135,7 @@ def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> lis
     if learned:
         positions = partial(LearnedPositions, model, tp, sequence)
         layers.append(LayerDef("embed.positions", positions, partial(_add_positions, model)))
-    layers += block_layers(cfg, ctx, attention)
-    layers.append(LayerDef("final_norm", partial(make_norm, model, tp, sequence=sequence), _normalise))
+    layers += block_layers(cfg, ctx, kernels)
+    layers.append(LayerDef("final_norm", partial(make_norm, model, tp, kernels, sequence=sequence), _normalise))
     layers.append(LayerDef("head", head, partial(_logits, model), tied))
     return layers

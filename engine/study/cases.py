@@ -13,6 +13,7 @@ from engine.config.enums import (
     Attention,
     DType,
     Family,
+    Kernel,
     Norm,
     Offload,
     OptimizerName,
@@ -167,10 +168,14 @@ def _set_layout(cfg: Config, case: Case) -> None:
 
 
 def oracle_config(base: Config, case: Case) -> Config:
-    """What the oracle computes for `case`: the same model, data and loss, in fp32 on one rank."""
+    """What the oracle computes for `case`: the same model, data and loss, in fp32 on one rank by torch."""
     cfg = configure(base, alone(case, zero=0))
     cfg.model.num_layers = configure(base, case).model.num_layers
     cfg.precision.dtype, cfg.precision.loss_scale = DType.fp32, None
+    kernels = cfg.kernels
+    if kernels.attention is not Attention.reference:
+        kernels.attention = Attention.auto
+    kernels.loss = kernels.norm = kernels.rotary = kernels.activation = kernels.optimizer = Kernel.torch
     return cfg
 
 

@@ -24,6 +24,7 @@ from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.study.cases import GLOBAL_BATCH
+from engine.train.kernels import choose_kernels
 
 _RULES: dict[str, dict[str, Any]] = {
     "sgd": {"name": OptimizerName.sgd, "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0},
@@ -89,12 +90,10 @@ def _keep_gradients(engine: Engine, found: dict[str, Tensor]) -> None:
 
 def measure_oracle(cfg: Config, device: torch.device) -> Measured:
     """The measurement of plain PyTorch in one process: the same global batches, sixteen samples at a time."""
-    from engine.train.session import choose_attention
-
     ctx = ParallelContext.single(device)
 
     def build(cfg: Config) -> Engine:
-        layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
+        layers = build_layers(cfg, ctx, choose_kernels(cfg, device).kernels)
         return ReferenceEngine(layers, random_weights(cfg.train.seed), cfg, ctx)
 
     return measure(cfg, build, _reader(cfg, GLOBAL_BATCH // 2, 2))
@@ -103,10 +102,9 @@ def measure_oracle(cfg: Config, device: torch.device) -> Measured:
 def measure_ranks(cfg: Config, ctx: ParallelContext) -> Measured:
     """The parallel engine's measurement on this rank's part of the grid. Collective."""
     from engine import runtime
-    from engine.train.session import choose_attention
 
     def build(cfg: Config) -> Engine:
-        layers = build_layers(cfg, ctx, choose_attention(cfg, ctx.device).impl.fn)
+        layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
         return runtime.build(layers, stage_bounds(cfg), random_weights(cfg.train.seed), cfg, ctx)
 
     return measure(cfg, build, _reader(cfg, cfg.train.micro_batch, cfg.train.accum_steps))
