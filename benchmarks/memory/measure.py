@@ -78,8 +78,9 @@ def main(argv: list[str]) -> None:
 def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
     start = time.perf_counter()
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, 1), device)
-    layers = build_layers(cfg, ctx, choose_kernels(cfg, device).kernels)
-    engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx)
+    kernels = choose_kernels(cfg, device).kernels
+    layers = build_layers(cfg, ctx, kernels)
+    engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx, kernels.adamw_step)
     build_s, built_bytes = time.perf_counter() - start, _peak(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -21,17 +21,26 @@ from engine.dist.collectives import collect_over_axis
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.model.block import matrix_std
 from engine.model.feed import Feed
-from engine.model.gpt import LearnedPositions, block_layers, drop_embeddings, embed_tokens, uses_sequence, vocabulary
+from engine.model.gpt import (
+    LearnedPositions,
+    block_layers,
+    drop_embeddings,
+    embed_tokens,
+    project,
+    uses_sequence,
+    vocabulary,
+)
 from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
 from engine.parallel.embedding import VocabParallelBias
+from engine.parallel.fused_loss import Projection
 from engine.parallel.linear import ReplicatedLinear
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
 from engine_kernels.ops import Kernels
 
-Outputs = tuple[Tensor, Tensor | None]
-"""Hidden states (B, L, D) or logits (B, S, this rank's columns), and sentence classes (B, 2)."""
+Outputs = tuple[Tensor | Projection, Tensor | None]
+"""Hidden states (B, L, D), logits (B, S, this rank's columns) or what makes them; and sentence classes (B, 2)."""
 
 
 class TokenTypes(nn.Module):
@@ -102,8 +111,10 @@ def _transform(module: nn.Module, x_BLD: Tensor, _: Feed) -> Outputs:
     return outputs
 
 
-def _project(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
-    return module(outputs[0], project=True), outputs[1]
+def _project(kernels: Kernels, module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
+    hidden_BLD, classes_B2 = outputs
+    assert isinstance(hidden_BLD, Tensor)
+    return project(module, hidden_BLD, kernels, 1.0), classes_B2
 
 
 def _add_bias(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
@@ -120,6 +131,6 @@ def bert_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[Lay
         LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence, kernels), partial(_embed_rest, model)),
         *block_layers(cfg, ctx, kernels),
         LayerDef("head.transform", partial(HeadTransform, model, tp, sequence, kernels), _transform),
-        LayerDef("head", head, _project, tied, glued=True),
+        LayerDef("head", head, partial(_project, kernels), tied, glued=True),
         LayerDef("head.bias", bias, _add_bias, glued=True),
     ]

@@ -134,7 +134,7 @@ def configure(base: Config, case: Case) -> Config:
     """The configuration of `case`: in the dtype of `base`, clipping on, the same global batch in every layout.
 
     The model is deeper than that of `base` where a schedule has more parts than it has blocks. Dropout of attention
-    weights is the reference's, whose mask is the same in every layout.
+    weights is the reference's, whose mask is the same in every layout. Kernels are those of `base` where they can run.
     """
     cfg = with_flavour(base, case.flavour, case.tied)
     _set_layout(cfg, case)
@@ -147,6 +147,10 @@ def configure(base: Config, case: Case) -> Config:
     cfg.model.dropout = cfg.model.attention_dropout = case.dropout
     if case.dropout:
         cfg.kernels.attention = Attention.reference
+    if case.zero == 3:
+        cfg.kernels.loss = Kernel.auto
+    if case.offload != "none":
+        cfg.kernels.optimizer = Kernel.auto
     optim.name, optim.schedule, optim.warmup_steps = OptimizerName.sgd, ScheduleName.constant, 0
     precision.tf32, precision.grad_accum = False, DType.fp32
     precision.loss_scale = LOSS_SCALE if precision.dtype is DType.fp16 else None

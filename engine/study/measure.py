@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.checkpoint.gather import gather_to_main
 from engine.config.derived import sequence_multiple
-from engine.config.enums import DType, OptimizerName
+from engine.config.enums import DType, Kernel, OptimizerName
 from engine.config.schema import Config, OptimConfig
 from engine.data import open_data
 from engine.dist.context import ParallelContext
@@ -67,7 +67,8 @@ def measure(
     out = Measured({}, {}, {})
     for name in _RULES if cfg.precision.dtype is DType.fp32 else ("sgd",):
         optim: OptimConfig = replace(cfg.optim, **_RULES[name])
-        engine = build(replace(cfg, optim=optim))
+        kernels = cfg.kernels if name == "adamw" else replace(cfg.kernels, optimizer=Kernel.auto)
+        engine = build(replace(cfg, optim=optim, kernels=kernels))
         if not out.runs:
             out.before = gather_to_main(engine.parameters(), engine.ctx)
             engine.on_gradients = partial(_keep_gradients, engine, out.gradients)
@@ -104,8 +105,9 @@ def measure_ranks(cfg: Config, ctx: ParallelContext) -> Measured:
     from engine import runtime
 
     def build(cfg: Config) -> Engine:
-        layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
-        return runtime.build(layers, stage_bounds(cfg), random_weights(cfg.train.seed), cfg, ctx)
+        kernels = choose_kernels(cfg, ctx.device).kernels
+        layers, initial = build_layers(cfg, ctx, kernels), random_weights(cfg.train.seed)
+        return runtime.build(layers, stage_bounds(cfg), initial, cfg, ctx, kernels.adamw_step)
 
     return measure(cfg, build, _reader(cfg, cfg.train.micro_batch, cfg.train.accum_steps))
 

@@ -117,7 +117,7 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     initial = _zeros if empty else random_weights(cfg.train.seed)
     if cfg.checkpoint.initial_weights is not None and not empty:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
-    return runtime.build(layers, bounds, initial, cfg, ctx)
+    return runtime.build(layers, bounds, initial, cfg, ctx, chosen.kernels.adamw_step)
 
 
 def _zeros(logical: LogicalTensor) -> torch.Tensor:

@@ -141,5 +141,5 @@ def kernels_of(choices: Mapping[str, Choice]) -> Kernels:
     given: dict[str, Any] = {}
     for op, choice in choices.items():
         fn = choice.impl.fn
-        given |= fn._asdict() if isinstance(fn, tuple) else {names.get(op, op): fn}
+        given |= fn._asdict() if isinstance(fn, (Norms, Activations)) else {names.get(op, op): fn}
     return Kernels(**given)

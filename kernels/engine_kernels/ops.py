@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine_kernels import flash, flex, plain, sdpa
 from engine_kernels.documents import Documents
-from engine_kernels.kernels import Activations, AttentionFn, Kernels, Norms, kernels_of
+from engine_kernels.kernels import Activations, AdamWFn, AttentionFn, Kernels, LinearCrossEntropyFn, Norms, kernels_of
 from engine_kernels.reference.attention import AttentionDropout
 from engine_kernels.reference.attention import attention as reference_attention
 from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
@@ -18,10 +18,12 @@ from engine_kernels.registry import Choice, Impl, Situation, choose, register
 from engine_kernels.sdpa import cudnn_attention, sdpa_attention
 
 __all__ = [
+    "AdamWFn",
     "AttentionDropout",
     "AttentionFn",
     "Documents",
     "Kernels",
+    "LinearCrossEntropyFn",
     "attention",
     "attention_keys",
     "cudnn_attention",
