@@ -35,7 +35,7 @@ from engine.parallel.logical import LogicalTensor
 from engine.plan.stages import stage_bounds
 from engine.runtime import extensions
 from engine.topology.grid import Grid
-from engine.train.session import choose_attention
+from engine.train.kernels import choose_kernels
 
 
 def drawn_on(device: torch.device) -> InitialWeights:
@@ -78,8 +78,9 @@ def main(argv: list[str]) -> None:
 def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
     start = time.perf_counter()
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, 1), device)
-    layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
-    engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx)
+    kernels = choose_kernels(cfg, device).kernels
+    layers = build_layers(cfg, ctx, kernels)
+    engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx, kernels.adamw_step)
     build_s, built_bytes = time.perf_counter() - start, _peak(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

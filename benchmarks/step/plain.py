@@ -30,7 +30,7 @@ from engine.optim.schedule import learning_rate, set_learning_rate
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.steps import make_feeds
 from engine.train.hooks import Profile
-from engine.train.session import choose_attention
+from engine.train.kernels import choose_kernels
 
 
 class PlainLoop:
@@ -38,7 +38,7 @@ class PlainLoop:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         ctx = ParallelContext.single(device)
-        layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
+        layers = build_layers(cfg, ctx, choose_kernels(cfg, device).kernels)
         (model,) = build_stacks(layers, [(0, len(layers))], random_weights(cfg.train.seed), tp=ctx.tp)
         self._model = model.to(device, torch.bfloat16)
         self._loss = build_loss(cfg, ctx)

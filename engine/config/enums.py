@@ -135,12 +135,25 @@ class Switch(StrEnum):
 
 
 class Attention(StrEnum):
-    """Attention implementation; `auto` takes the first that can run here."""
+    """Attention implementation; `auto` takes the fastest that can run here, as far as that was measured."""
 
     auto = "auto"
+    flash_attn_4 = "flash_attn_4"
     sdpa_cudnn = "sdpa_cudnn"
+    flash_attn = "flash_attn"
     sdpa = "sdpa"
+    triton = "triton"
+    sdpa_flash = "sdpa_flash"
+    flex = "flex"
     reference = "reference"
+
+
+class Kernel(StrEnum):
+    """Who computes an operation: a kernel of Octant in Triton, or torch. `auto`: whichever is quicker here."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
 
 
 class WandbMode(StrEnum):

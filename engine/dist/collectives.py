@@ -1,7 +1,7 @@
 """Collectives with gradients along one mesh axis.
 
-copy and sum are the operators f and g of Megatron-LM (arXiv 1909.08053, section 3); scatter_sum is one of its sequence
-parallelism (arXiv 2205.05198, section 4.2.2), whose all-gather is part of `engine.parallel.linear`; exchange is that of
+copy and sum are the operators f and g of Megatron-LM (arXiv 1909.08053, section 3); scatter_sum and gather are those of
+its sequence parallelism (arXiv 2205.05198, section 4.2.2), whose layers gather in `engine.parallel.linear`; exchange is that of
 Ulysses (arXiv 2309.14509).
 Each is the identity on an axis of one rank, so the same layer code runs without a process group. All ranks of the axis
 call each with the same shapes. A dim that is cut is a multiple of the axis. A compiled graph breaks at each.
@@ -12,6 +12,7 @@ call each with the same shapes. A dim that is cut is a multiple of the axis. A c
 | sum         | all-reduce     | identity           |
 | collect     | all-gather     | own slice          |
 | scatter_sum | reduce-scatter | all-gather         |
+| gather      | all-gather     | reduce-scatter     |
 | exchange    | all-to-all     | reverse all-to-all |
 """
 
@@ -129,6 +130,12 @@ def scatter_sum_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of the sum of the ranks' partial `x`; the gradient's slices are gathered."""
     dim %= x.dim()
     return _apply(x, axis, partial(reduce_scatter, dim=dim), partial(all_gather, dim=dim))
+
+
+def gather_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
+    """Enter a sharded region from slices: the ranks' in rank order along `dim`; their gradients are summed and cut."""
+    dim %= x.dim()
+    return _apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
 
 
 def exchange_over_axis(x: Tensor, axis: AxisGroup, *, split_dim: int, gather_dim: int) -> Tensor:

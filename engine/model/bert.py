@@ -21,17 +21,26 @@ from engine.dist.collectives import collect_over_axis
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.model.block import matrix_std
 from engine.model.feed import Feed
-from engine.model.gpt import LearnedPositions, block_layers, drop_embeddings, embed_tokens, uses_sequence, vocabulary
+from engine.model.gpt import (
+    LearnedPositions,
+    block_layers,
+    drop_embeddings,
+    embed_tokens,
+    project,
+    uses_sequence,
+    vocabulary,
+)
 from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
 from engine.parallel.embedding import VocabParallelBias
+from engine.parallel.fused_loss import Projection
 from engine.parallel.linear import ReplicatedLinear
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
-from engine_kernels.ops import AttentionFn
+from engine_kernels.ops import Kernels
 
-Outputs = tuple[Tensor, Tensor | None]
-"""Hidden states (B, L, D) or logits (B, S, this rank's columns), and sentence classes (B, 2)."""
+Outputs = tuple[Tensor | Projection, Tensor | None]
+"""Hidden states (B, L, D), logits (B, S, this rank's columns) or what makes them; and sentence classes (B, 2)."""
 
 
 class TokenTypes(nn.Module):
@@ -52,11 +61,11 @@ class TokenTypes(nn.Module):
 class EmbeddingRest(nn.Module):
     """Positions and segments on top of the token embedding, then the norm."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool) -> None:
+    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool, kernels: Kernels) -> None:
         super().__init__()
         self.positions = LearnedPositions(cfg, tp, sequence)
         self.types = TokenTypes(cfg, tp, sequence) if cfg.token_types else None
-        self.norm = make_norm(cfg, tp, sequence=sequence)
+        self.norm = make_norm(cfg, tp, kernels, sequence=sequence)
 
     def forward(self, x_BLD: Tensor, feed: Feed) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -70,13 +79,13 @@ class EmbeddingRest(nn.Module):
 class HeadTransform(nn.Module):
     """Dense, GELU and norm before the vocabulary projection; pooler and sentence classes from the first token."""
 
-    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool) -> None:
+    def __init__(self, cfg: ModelConfig, tp: AxisGroup, sequence: bool, kernels: Kernels) -> None:
         super().__init__()
-        self.tp, self.sequence = tp, sequence
+        self.tp, self.sequence, self.gelu = tp, sequence, kernels.gelu
         width = cfg.hidden_size
         dense = partial(ReplicatedLinear, width, tp=tp, bias=cfg.bias, init_std=matrix_std(cfg))
         self.dense = dense(width, sequence=sequence)
-        self.norm = make_norm(cfg, tp, sequence=sequence)
+        self.norm = make_norm(cfg, tp, kernels, sequence=sequence)
         sentence = cfg.sentence_head is not SentenceHead.none
         # The first token is the same on all tp ranks, so these see all of it.
         self.pooler = dense(width, sequence=False) if sentence else None
@@ -84,7 +93,7 @@ class HeadTransform(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Outputs:
         """(B, L, D) -> (B, L, D) and classes (B, 2)."""
-        hidden: Tensor = self.norm(F.gelu(self.dense(x_BLD)))
+        hidden: Tensor = self.norm(self.gelu(self.dense(x_BLD), approximate="none"))
         if self.pooler is None or self.classes is None:
             return hidden, None
         first_BD = x_BLD[:, :1]
@@ -102,24 +111,26 @@ def _transform(module: nn.Module, x_BLD: Tensor, _: Feed) -> Outputs:
     return outputs
 
 
-def _project(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
-    return module(outputs[0], project=True), outputs[1]
+def _project(kernels: Kernels, module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
+    hidden_BLD, classes_B2 = outputs
+    assert isinstance(hidden_BLD, Tensor)
+    return project(module, hidden_BLD, kernels, 1.0), classes_B2
 
 
 def _add_bias(module: nn.Module, outputs: Outputs, _: Feed) -> Outputs:
     return module(outputs[0]), outputs[1]
 
 
-def bert_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def bert_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """Embeddings, post-norm blocks, and heads that share a stage: logits (B, S, this rank's columns) and classes."""
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
     table, head, tied = vocabulary(cfg, ctx)
     bias = partial(VocabParallelBias, model.vocab_size, padded_vocab(model, tp.size), tp)
     return [
         LayerDef("embed.tokens", table, embed_tokens, tied),
-        LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence), partial(_embed_rest, model)),
-        *block_layers(cfg, ctx, attention),
-        LayerDef("head.transform", partial(HeadTransform, model, tp, sequence), _transform),
-        LayerDef("head", head, _project, tied, glued=True),
+        LayerDef("embed.rest", partial(EmbeddingRest, model, tp, sequence, kernels), partial(_embed_rest, model)),
+        *block_layers(cfg, ctx, kernels),
+        LayerDef("head.transform", partial(HeadTransform, model, tp, sequence, kernels), _transform),
+        LayerDef("head", head, partial(_project, kernels), tied, glued=True),
         LayerDef("head.bias", bias, _add_bias, glued=True),
     ]

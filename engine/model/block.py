@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,7 @@ from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
 from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from engine_kernels.ops import AttentionDropout, AttentionFn, Documents, dropout
+from engine_kernels.ops import AttentionDropout, Documents, Kernels, dropout
 
 _AFTER_MLP = 1
 """Salt that tells a block's second dropout of the residual stream from its first."""
@@ -31,12 +30,12 @@ _AFTER_MLP = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
-    """What all blocks of a rank share: axes, the attention implementation, rotary angles, recomputation."""
+    """What all blocks of a rank share: axes, kernels, rotary angles, recomputation."""
 
     tp: AxisGroup
     cp: AxisGroup
     sequence: bool
-    attention: AttentionFn
+    kernels: Kernels
     rotary: RotaryTable | None
     recompute_attention: bool
     """Keep queries, keys and values only, and compute the attention core again in the backward pass."""
@@ -105,10 +104,10 @@ class Attention(nn.Module):
         positions_BS: Tensor | None,
     ) -> Tensor:
         """Some heads of all positions of the sequence, (B, S, N, H) and twice (B, S, K, H) -> (B, S, N, H)."""
-        rotary = self.wiring.rotary
+        rotary, kernels = self.wiring.rotary, self.wiring.kernels
         if rotary is not None:
-            q, k = rotary.rotate(q, positions_BS), rotary.rotate(k, positions_BS)
-        return self.wiring.attention(
+            q, k = kernels.rotate_qk(q, k, rotary.cos_SR, rotary.sin_SR, positions_BS)
+        return kernels.attention(
             q, k, v, causal=self.causal, scale=self.scale, lengths_B=lengths_B, dropout=drop, documents=documents
         )
 
@@ -119,7 +118,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
         size, tp, sequence = ffn_size(cfg), wiring.tp, wiring.sequence
-        self.activation = cfg.activation
+        self.activation, self.kernels = cfg.activation, wiring.kernels
         fused = (size, size) if cfg.activation is Activation.swiglu else (size,)
         self.up = ColumnParallelLinear(
             cfg.hidden_size,
@@ -138,10 +137,9 @@ class MLP(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         h_BSF = self.up(x_BLD)
         if self.activation is Activation.swiglu:
-            gate, up = h_BSF.chunk(2, dim=-1)
-            h_BSF = F.silu(gate) * up
+            h_BSF = self.kernels.swiglu(h_BSF)
         else:
-            h_BSF = F.gelu(h_BSF, approximate="tanh" if self.activation is Activation.gelu_tanh else "none")
+            h_BSF = self.kernels.gelu(h_BSF, approximate="tanh" if self.activation is Activation.gelu_tanh else "none")
         return self.down(h_BSF)
 
 
@@ -155,9 +153,9 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
         self.p, self.post_norm, self.parallel = cfg.dropout, cfg.family is Family.bert, cfg.parallel_residual
-        self.attention_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
+        self.attention_norm = make_norm(cfg, wiring.tp, wiring.kernels, sequence=wiring.sequence)
         self.attention = Attention(cfg, wiring)
-        self.mlp_norm = make_norm(cfg, wiring.tp, sequence=wiring.sequence)
+        self.mlp_norm = make_norm(cfg, wiring.tp, wiring.kernels, sequence=wiring.sequence)
         self.mlp = MLP(cfg, wiring)
 
     def forward(

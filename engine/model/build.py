@@ -11,19 +11,19 @@ from engine.model.bert import bert_layers
 from engine.model.gpt import gpt_layers
 from engine.model.layers import LayerDef
 from engine.model.loss import NextTokenLoss, PretrainingLoss
-from engine_kernels.ops import AttentionFn
+from engine_kernels.ops import Kernels
 
 
-def build_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def build_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """The model as layers, first to last. Nothing is allocated but a rotary table.
 
     Args:
         cfg: the rules of `engine.config.rules` hold for it.
         ctx: its tp and cp axes cut the layers, its device holds the rotary table.
-        attention: the chosen implementation of the attention operation.
+        kernels: the chosen implementation of each operation.
     """
     family = {Family.gpt: gpt_layers, Family.bert: bert_layers}[cfg.model.family]
-    return family(cfg, ctx, attention)
+    return family(cfg, ctx, kernels)
 
 
 def build_loss(cfg: Config, ctx: ParallelContext) -> nn.Module:

@@ -21,9 +21,10 @@ from engine.model.layers import LayerDef
 from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
 from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from engine.parallel.fused_loss import Projection
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
-from engine_kernels.ops import AttentionFn, dropout
+from engine_kernels.ops import Kernels, dropout
 
 Factory = Callable[[], nn.Module]
 
@@ -75,10 +76,17 @@ def _normalise(module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor:
     return out
 
 
-def _logits(cfg: ModelConfig, module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor:
+def project(module: nn.Module, x_BLD: Tensor, kernels: Kernels, scale: float) -> Tensor | Projection:
+    """This rank's columns of the logits, or what a fused loss takes in their place."""
+    if kernels.linear_cross_entropy is not None:
+        assert isinstance(module, VocabParallelEmbedding)
+        return module.projection(x_BLD, kernels.linear_cross_entropy, scale)
     logits: Tensor = module(x_BLD, project=True)
-    scale = logit_scale(cfg)
     return logits if scale == 1.0 else logits * scale
+
+
+def _logits(cfg: ModelConfig, kernels: Kernels, module: nn.Module, x_BLD: Tensor, _: Feed) -> Tensor | Projection:
+    return project(module, x_BLD, kernels, logit_scale(cfg))
 
 
 def vocabulary(cfg: Config, ctx: ParallelContext) -> tuple[Factory, Factory, str | None]:
@@ -99,7 +107,7 @@ def vocabulary(cfg: Config, ctx: ParallelContext) -> tuple[Factory, Factory, str
     return (table, table, "tokens") if model.tied_head else (table, head, None)
 
 
-def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
+def block_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
     """The transformer blocks."""
     model = cfg.model
     rotary = None
@@ -109,7 +117,7 @@ def block_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> l
         tp=ctx.tp,
         cp=ctx.cp,
         sequence=uses_sequence(cfg, ctx),
-        attention=attention,
+        kernels=kernels,
         rotary=rotary,
         recompute_attention=cfg.train.recompute is Recompute.selective,
     )
@@ -125,8 +133,11 @@ def uses_sequence(cfg: Config, ctx: ParallelContext) -> bool:
     return cfg.parallel.sequence and ctx.tp.size > 1
 
 
-def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> list[LayerDef]:
-    """Token embedding, positions, pre-norm blocks, norm, output projection: logits (B, S, this rank's columns)."""
+def gpt_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
+    """Token embedding, positions, pre-norm blocks, norm, output projection: logits (B, S, this rank's columns).
+
+    With a fused loss the `Projection` that they would be made of.
+    """
     model, tp, sequence = cfg.model, ctx.tp, uses_sequence(cfg, ctx)
     table, head, tied = vocabulary(cfg, ctx)
     learned = model.positions is Positions.learned
@@ -135,7 +146,7 @@ def gpt_layers(cfg: Config, ctx: ParallelContext, attention: AttentionFn) -> lis
     if learned:
         positions = partial(LearnedPositions, model, tp, sequence)
         layers.append(LayerDef("embed.positions", positions, partial(_add_positions, model)))
-    layers += block_layers(cfg, ctx, attention)
-    layers.append(LayerDef("final_norm", partial(make_norm, model, tp, sequence=sequence), _normalise))
-    layers.append(LayerDef("head", head, partial(_logits, model), tied))
+    layers += block_layers(cfg, ctx, kernels)
+    layers.append(LayerDef("final_norm", partial(make_norm, model, tp, kernels, sequence=sequence), _normalise))
+    layers.append(LayerDef("head", head, partial(_logits, model, kernels), tied))
     return layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from engine.dist.context import AxisGroup, ParallelContext
 from engine.model.batch import IGNORE
 from engine.model.feed import Feed
 from engine.parallel.cross_entropy import vocab_parallel_cross_entropy
+from engine.parallel.fused_loss import Projection, projected_cross_entropy
 
 
 class TokenLoss(nn.Module):
@@ -21,27 +24,28 @@ class TokenLoss(nn.Module):
         self.vocab_size, self.tp = cfg.vocab_size, tp
         self.smoothing, self.z_loss = train.label_smoothing, train.z_loss
 
-    def forward(self, logits_BSV: Tensor, labels_BS: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, logits_BSV: Tensor | Projection, labels_BS: Tensor, targets: Tensor) -> Tensor:
         """This micro-batch's share of the mean over all `targets` of the global batch; scalar fp32.
 
         Each target weighs the same, wherever it is: micro-batches and ranks with fewer of them weigh less. The sum of
-        the shares of all micro-batches, dp and cp ranks is the loss. Equal on all tp ranks.
+        the shares of all micro-batches, dp and cp ranks is the loss. Equal on all tp ranks. Instead of logits what they
+        would be made of, where the loss is fused with the projection.
         """
-        losses_BS = vocab_parallel_cross_entropy(
-            logits_BSV,
-            labels_BS,
-            vocab_size=self.vocab_size,
-            tp=self.tp,
-            smoothing=self.smoothing,
-            z_loss=self.z_loss,
-        )
-        return losses_BS.sum() / targets
+        options: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "tp": self.tp,
+            "smoothing": self.smoothing,
+            "z_loss": self.z_loss,
+        }
+        if isinstance(logits_BSV, Projection):
+            return projected_cross_entropy(logits_BSV, labels_BS, targets, **options)
+        return vocab_parallel_cross_entropy(logits_BSV, labels_BS, **options).sum() / targets
 
 
 class NextTokenLoss(TokenLoss):
     """Loss of `gpt`: logits (B, S, V) and a feed."""
 
-    def forward(self, logits_BSV: Tensor, feed: Feed) -> Tensor:  # type: ignore[override]
+    def forward(self, logits_BSV: Tensor | Projection, feed: Feed) -> Tensor:  # type: ignore[override]
         """See `TokenLoss`."""
         return super().forward(logits_BSV, feed.labels_BS, feed.targets)
 
@@ -55,7 +59,7 @@ class PretrainingLoss(TokenLoss):
         # Every context-parallel rank computes the sentence head, from the first one's token; one counts it.
         self.counts = ctx.cp.is_first
 
-    def forward(self, outputs: tuple[Tensor, Tensor | None], feed: Feed) -> Tensor:  # type: ignore[override]
+    def forward(self, outputs: tuple[Tensor | Projection, Tensor | None], feed: Feed) -> Tensor:  # type: ignore[override]
         """Logits (B, S, V) and classes (B, 2), or None without a sentence head. See `TokenLoss`."""
         logits_BSV, classes_B2 = outputs
         share = super().forward(logits_BSV, feed.labels_BS, feed.targets)

@@ -22,6 +22,7 @@ OWNED = (
     METRICS_FILE,
     "config.yaml",
     "environment.json",
+    "kernels.json",
     "loss.png",
     "weights",
     "weights.partial",

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-
-class AdamWStep(Protocol):
-    """One step over flat tensors in place; see `engine_kernels.reference.adamw.adamw_step`."""
-
-    def __call__(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        step: int,
-    ) -> None: ...
+from engine_kernels.ops import AdamWFn
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -36,7 +19,7 @@ class FlatAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups; contiguous tensors of any shape. `weight_decay` is 0 where a group has none.
         lr, betas, eps: as torch.optim.AdamW has them.
-        update: the kernel.
+        update: the kernel; see `engine_kernels.reference.adamw.adamw_step`.
     """
 
     def __init__(
@@ -46,7 +29,7 @@ class FlatAdamW(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        update: AdamWStep,
+        update: AdamWFn,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._update = update

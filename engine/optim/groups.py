@@ -12,11 +12,13 @@ from engine.config.enums import OptimizerName
 from engine.config.schema import OptimConfig
 from engine.dist.context import ParallelContext
 from engine.optim.adafactor import Adafactor
+from engine.optim.flat_adamw import FlatAdamW
 from engine.optim.lamb import Lamb
 from engine.optim.lion import Lion
 from engine.optim.muon import Muon
 from engine.optim.mup import lr_scale
 from engine.parallel.logical import logical_of
+from engine_kernels.ops import AdamWFn
 
 
 def parameter_groups(
@@ -45,7 +47,12 @@ def parameter_groups(
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], cfg: OptimConfig, ctx: ParallelContext, *, width_ratio: float = 1.0
+    parameters: Iterable[nn.Parameter],
+    cfg: OptimConfig,
+    ctx: ParallelContext,
+    *,
+    width_ratio: float = 1.0,
+    adamw_step: AdamWFn | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of `cfg`. AdamW (arXiv 1711.05101) and SGD with momentum are torch's, fused on GPUs.
 
@@ -56,10 +63,13 @@ def build_optimizer(
         parameters: all parameters of this rank's stage.
         ctx: gives the device, and the ranks that share a logical tensor.
         width_ratio: m of muP, from `engine.config.derived.width_ratio`.
+        adamw_step: computes AdamW instead of torch.
     """
     groups = parameter_groups(parameters, cfg, width_ratio)
     fused, betas = ctx.device.type == "cuda", (cfg.beta1, cfg.beta2)
     match cfg.name:
+        case OptimizerName.adamw if adamw_step is not None:
+            return FlatAdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, update=adamw_step)
         case OptimizerName.adamw:
             return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=fused)
         case OptimizerName.sgd:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.dist.context import AxisGroup
+from engine.parallel.fused_loss import Projection
 from engine.parallel.linear import column_linear
 from engine.parallel.logical import LogicalTensor, Role, make_parameter
-from engine.parallel.sequence import leave
+from engine.parallel.sequence import enter, leave
+from engine_kernels.ops import LinearCrossEntropyFn
+
+Logits = TypeVar("Logits", Tensor, Projection)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -55,6 +62,14 @@ class VocabParallelEmbedding(nn.Module):
         """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
         return column_linear(x, self._table, None, self.tp, sequence=self.sequence)
 
+    def projection(self, x: Tensor, function: LinearCrossEntropyFn, scale: float) -> Projection:
+        """What `logits`, times `scale`, would be made of, for a loss that is `function`.
+
+        Not under ZeRO-3: the weight outlives the call.
+        """
+        x_BSD = enter(x, self.tp, sequence=self.sequence)
+        return Projection(function=function, x_BSD=x_BSD, weight_VD=self._table, scale=scale)
+
 
 class VocabParallelHead(VocabParallelEmbedding):
     """An output projection with a weight of its own."""
@@ -75,6 +90,8 @@ class VocabParallelBias(nn.Module):
             (padded // tp.size,), LogicalTensor((vocab_size,), dim=0, padded=padded, decay=False)
         )
 
-    def forward(self, logits_BSV: Tensor) -> Tensor:
-        """This rank's columns of the logits, (B, S, padded / t)."""
+    def forward(self, logits_BSV: Logits) -> Logits:
+        """This rank's columns of the logits, (B, S, padded / t), or what they would be made of."""
+        if isinstance(logits_BSV, Projection):
+            return replace(logits_BSV, bias_V=self.weight)
         return logits_BSV + self.weight

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.dist.collectives import copy_to_axis, scatter_sum_over_axis, sum_over_axis
+from engine.dist.collectives import copy_to_axis, gather_over_axis, scatter_sum_over_axis, sum_over_axis
 from engine.dist.context import AxisGroup
+
+
+def enter(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
+    """The residual stream (B, L, D) -> all positions (B, S, D), for a layer that is cut over tp."""
+    return gather_over_axis(x, tp) if sequence else copy_to_axis(x, tp)
 
 
 def leave(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:

@@ -53,7 +53,8 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
     layer too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
     activations: `activation_bytes` over the schedule. logits: (e + 8) b L padded_vocab / tp on the
-    rank of the head, for logits, fp32 probabilities and their fp32 gradient.
+    rank of the head, for logits, fp32 probabilities and their fp32 gradient: more than a fused loss needs
+    (`kernels.loss`), which the plan does not count on, since it runs on GPUs only.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)

@@ -13,10 +13,16 @@ from engine.observe.log import captured_output
 
 if TYPE_CHECKING:
     from engine.protocols import Engine
+    from engine_kernels.ops import AdamWFn
 
 
 def build(
-    layers: Sequence[LayerDef], bounds: Sequence[int], initial: InitialWeights, cfg: Config, ctx: ParallelContext
+    layers: Sequence[LayerDef],
+    bounds: Sequence[int],
+    initial: InitialWeights,
+    cfg: Config,
+    ctx: ParallelContext,
+    adamw_step: AdamWFn | None = None,
 ) -> Engine:
     """The engine of this rank: its slice of the model, its optimizer and the schedule. Collective.
 
@@ -26,6 +32,7 @@ def build(
         initial: value of each logical tensor at the start.
         cfg: checked configuration.
         ctx: this rank's place; the process group exists.
+        adamw_step: computes AdamW instead of torch.
     """
     # DeepSpeed picks its accelerator at import; without a word from us it guesses, and prints the guess.
     os.environ["DS_ACCELERATOR"] = ctx.device.type
@@ -33,7 +40,7 @@ def build(
         if cfg.parallel.pp > 1:
             from engine.runtime.pipeline import PipelineRunner
 
-            return PipelineRunner(layers, bounds, initial, cfg, ctx)
+            return PipelineRunner(layers, bounds, initial, cfg, ctx, adamw_step)
         from engine.runtime.zero import ZeroRunner
 
-        return ZeroRunner(layers, initial, cfg, ctx)
+        return ZeroRunner(layers, initial, cfg, ctx, adamw_step)

@@ -19,6 +19,7 @@ from engine.optim.groups import build_optimizer, parameter_groups
 from engine.optim.lion import Lion
 from engine.optim.schedule import set_learning_rate
 from engine.runtime import extensions
+from engine_kernels.ops import AdamWFn
 
 
 def offloads(cfg: Config) -> bool:
@@ -26,11 +27,13 @@ def offloads(cfg: Config) -> bool:
     return cfg.zero.offload_optimizer is not Offload.none
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], cfg: Config, ctx: ParallelContext) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], cfg: Config, ctx: ParallelContext, adamw_step: AdamWFn | None = None
+) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed wraps: `build_optimizer`'s, or the one for host memory."""
     if offloads(cfg):
         return _host_optimizer(parameters, cfg)
-    return build_optimizer(parameters, cfg.optim, ctx, width_ratio=width_ratio(cfg.model))
+    return build_optimizer(parameters, cfg.optim, ctx, width_ratio=width_ratio(cfg.model), adamw_step=adamw_step)
 
 
 def _host_optimizer(parameters: Iterable[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:

@@ -40,6 +40,7 @@ from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.tied import tied_copies
 from engine.topology.schedule import build as build_program
+from engine_kernels.ops import AdamWFn
 
 
 class _Engine(DeepSpeedEngine):
@@ -94,6 +95,7 @@ class PipelineRunner:
         initial: InitialWeights,
         cfg: Config,
         ctx: ParallelContext,
+        adamw_step: AdamWFn | None = None,
     ) -> None:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
@@ -116,7 +118,7 @@ class PipelineRunner:
         self._ds = _Engine(
             args=None,
             model=self._stage,
-            optimizer=make_optimizer(self._stage.parameters(), cfg, ctx),
+            optimizer=make_optimizer(self._stage.parameters(), cfg, ctx, adamw_step),
             mpu=axes,
             dist_init_required=False,
             config=config,

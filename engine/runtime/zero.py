@@ -26,6 +26,7 @@ from engine.runtime.shards import attach_pieces
 from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
 from engine.runtime.zero3 import Partitioner
+from engine_kernels.ops import AdamWFn
 
 
 class _ModelWithLoss(nn.Module):
@@ -43,7 +44,14 @@ class _ModelWithLoss(nn.Module):
 class ZeroRunner:
     """`Engine` over a `DeepSpeedEngine`."""
 
-    def __init__(self, layers: Sequence[LayerDef], initial: InitialWeights, cfg: Config, ctx: ParallelContext) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerDef],
+        initial: InitialWeights,
+        cfg: Config,
+        ctx: ParallelContext,
+        adamw_step: AdamWFn | None = None,
+    ) -> None:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
         axes = Axes(ctx)
@@ -58,7 +66,7 @@ class ZeroRunner:
         whole = _ModelWithLoss(model, loss).to(ctx.device)
         self._ds, *_ = deepspeed.initialize(
             model=whole,
-            optimizer=make_optimizer(whole.parameters(), cfg, ctx),
+            optimizer=make_optimizer(whole.parameters(), cfg, ctx, adamw_step),
             config=deepspeed_config(cfg, ctx),
             mpu=axes,
             dist_init_required=False,

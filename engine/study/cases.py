@@ -13,6 +13,7 @@ from engine.config.enums import (
     Attention,
     DType,
     Family,
+    Kernel,
     Norm,
     Offload,
     OptimizerName,
@@ -133,7 +134,7 @@ def configure(base: Config, case: Case) -> Config:
     """The configuration of `case`: in the dtype of `base`, clipping on, the same global batch in every layout.
 
     The model is deeper than that of `base` where a schedule has more parts than it has blocks. Dropout of attention
-    weights is the reference's, whose mask is the same in every layout.
+    weights is the reference's, whose mask is the same in every layout. Kernels are those of `base` where they can run.
     """
     cfg = with_flavour(base, case.flavour, case.tied)
     _set_layout(cfg, case)
@@ -146,6 +147,10 @@ def configure(base: Config, case: Case) -> Config:
     cfg.model.dropout = cfg.model.attention_dropout = case.dropout
     if case.dropout:
         cfg.kernels.attention = Attention.reference
+    if case.zero == 3:
+        cfg.kernels.loss = Kernel.auto
+    if case.offload != "none":
+        cfg.kernels.optimizer = Kernel.auto
     optim.name, optim.schedule, optim.warmup_steps = OptimizerName.sgd, ScheduleName.constant, 0
     precision.tf32, precision.grad_accum = False, DType.fp32
     precision.loss_scale = LOSS_SCALE if precision.dtype is DType.fp16 else None
@@ -167,10 +172,14 @@ def _set_layout(cfg: Config, case: Case) -> None:
 
 
 def oracle_config(base: Config, case: Case) -> Config:
-    """What the oracle computes for `case`: the same model, data and loss, in fp32 on one rank."""
+    """What the oracle computes for `case`: the same model, data and loss, in fp32 on one rank by torch."""
     cfg = configure(base, alone(case, zero=0))
     cfg.model.num_layers = configure(base, case).model.num_layers
     cfg.precision.dtype, cfg.precision.loss_scale = DType.fp32, None
+    kernels = cfg.kernels
+    if kernels.attention is not Attention.reference:
+        kernels.attention = Attention.auto
+    kernels.loss = kernels.norm = kernels.rotary = kernels.activation = kernels.optimizer = Kernel.torch
     return cfg
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.checkpoint.gather import gather_to_main
 from engine.config.derived import sequence_multiple
-from engine.config.enums import DType, OptimizerName
+from engine.config.enums import DType, Kernel, OptimizerName
 from engine.config.schema import Config, OptimConfig
 from engine.data import open_data
 from engine.dist.context import ParallelContext
@@ -24,6 +24,7 @@ from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.study.cases import GLOBAL_BATCH
+from engine.train.kernels import choose_kernels
 
 _RULES: dict[str, dict[str, Any]] = {
     "sgd": {"name": OptimizerName.sgd, "lr": 0.2, "momentum": 0.9, "weight_decay": 0.0},
@@ -66,7 +67,8 @@ def measure(
     out = Measured({}, {}, {})
     for name in _RULES if cfg.precision.dtype is DType.fp32 else ("sgd",):
         optim: OptimConfig = replace(cfg.optim, **_RULES[name])
-        engine = build(replace(cfg, optim=optim))
+        kernels = cfg.kernels if name == "adamw" else replace(cfg.kernels, optimizer=Kernel.auto)
+        engine = build(replace(cfg, optim=optim, kernels=kernels))
         if not out.runs:
             out.before = gather_to_main(engine.parameters(), engine.ctx)
             engine.on_gradients = partial(_keep_gradients, engine, out.gradients)
@@ -89,12 +91,10 @@ def _keep_gradients(engine: Engine, found: dict[str, Tensor]) -> None:
 
 def measure_oracle(cfg: Config, device: torch.device) -> Measured:
     """The measurement of plain PyTorch in one process: the same global batches, sixteen samples at a time."""
-    from engine.train.session import choose_attention
-
     ctx = ParallelContext.single(device)
 
     def build(cfg: Config) -> Engine:
-        layers = build_layers(cfg, ctx, choose_attention(cfg, device).impl.fn)
+        layers = build_layers(cfg, ctx, choose_kernels(cfg, device).kernels)
         return ReferenceEngine(layers, random_weights(cfg.train.seed), cfg, ctx)
 
     return measure(cfg, build, _reader(cfg, GLOBAL_BATCH // 2, 2))
@@ -103,11 +103,11 @@ def measure_oracle(cfg: Config, device: torch.device) -> Measured:
 def measure_ranks(cfg: Config, ctx: ParallelContext) -> Measured:
     """The parallel engine's measurement on this rank's part of the grid. Collective."""
     from engine import runtime
-    from engine.train.session import choose_attention
 
     def build(cfg: Config) -> Engine:
-        layers = build_layers(cfg, ctx, choose_attention(cfg, ctx.device).impl.fn)
-        return runtime.build(layers, stage_bounds(cfg), random_weights(cfg.train.seed), cfg, ctx)
+        kernels = choose_kernels(cfg, ctx.device).kernels
+        layers, initial = build_layers(cfg, ctx, kernels), random_weights(cfg.train.seed)
+        return runtime.build(layers, stage_bounds(cfg), initial, cfg, ctx, kernels.adamw_step)
 
     return measure(cfg, build, _reader(cfg, cfg.train.micro_batch, cfg.train.accum_steps))
 

@@ -13,11 +13,11 @@ from engine.observe.progress import human_count
 from engine.plan.costs import parameter_counts, total_parameters
 from engine.topology.execution import execute
 from engine.topology.schedule import build
-from engine_kernels.registry import Choice
+from engine.train.kernels import Chosen
 
 
 def describe(
-    cfg: Config, ctx: ParallelContext, names: Sequence[str], bounds: Sequence[int], attention: Choice
+    cfg: Config, ctx: ParallelContext, names: Sequence[str], bounds: Sequence[int], chosen: Chosen
 ) -> Iterator[str]:
     """Model and mesh; global batch; stages with their share of the parameters; kernels."""
     train, parallel, grid = cfg.train, cfg.parallel, ctx.grid
@@ -47,4 +47,4 @@ def describe(
             f"{parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.0%} if stages are equal; "
             "more train.accum_steps shrink it"
         )
-    yield str(attention)
+    yield from chosen.lines(ctx.device)

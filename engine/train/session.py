@@ -18,7 +18,7 @@ from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import load as load_state
 from engine.checkpoint.restore import open_first, open_verified, require_same_optimizer
 from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder
-from engine.config.derived import head_dim, writes_checkpoints
+from engine.config.derived import writes_checkpoints
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml
 from engine.config.schema import Config
@@ -26,7 +26,7 @@ from engine.data import Data, Split, open_data
 from engine.data import prepare as prepare_data
 from engine.dist import init
 from engine.dist.context import ParallelContext
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError
 from engine.model.build import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
@@ -42,10 +42,9 @@ from engine.train import ancestors
 from engine.train.checkpoints import beginnings, changed_options, fetch_missing, require_fitting, rewind, shapes_of
 from engine.train.describe import describe
 from engine.train.hooks import standard_hooks
+from engine.train.kernels import choose_kernels
 from engine.train.loop import Cursor, StopRequested, fit
 from engine.train.stop import StopSignal
-from engine_kernels import ops  # noqa: F401  (registers the implementations)
-from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
 
 T = TypeVar("T")
 READY_FILE = "OCTANT_READY_FILE"
@@ -83,13 +82,12 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
     Needs no other rank: builders lock each other out. With `verify`, what was built before is read whole.
 
     Raises:
-        ConfigError: see `choose_attention` and `extensions.require`.
+        ConfigError: see `choose_kernels` and `extensions.require`.
         CheckpointError: see `initial_weights`, `beginnings`, `require_fitting` and `require_same_optimizer`.
         DataError: the corpus is missing, damaged or too small.
     """
     extensions.require(cfg)
-    attention = choose_attention(cfg, device)
-    layers = build_layers(cfg, ParallelContext.single(), attention.impl.fn)
+    layers = build_layers(cfg, ParallelContext.single(), choose_kernels(cfg, device).kernels)
     tensors = logical_tensors(layers)
     if cfg.checkpoint.mirror is not None:
         Mirror(cfg.checkpoint.mirror)
@@ -105,49 +103,28 @@ def prepare(cfg: Config, device: torch.device, *, verify: bool = True) -> Data:
     return data
 
 
-def choose_attention(cfg: Config, device: torch.device) -> Choice:
-    """The attention implementation for this run, the same for every layer.
-
-    Raises:
-        ConfigError: the one asked for cannot run here.
-    """
-    situation = Situation(
-        device,
-        init.DTYPES[cfg.precision.dtype],
-        head_dim=head_dim(cfg.model),
-        dropout=cfg.model.attention_dropout > 0,
-        documents=cfg.data.document_mask,
-    )
-    try:
-        return choose("attention", str(cfg.kernels.attention), situation)
-    except KernelUnavailable as error:
-        raise ConfigError.of(
-            330, "kernels.attention", cfg.kernels.attention, str(error), "Use kernels.attention=auto"
-        ) from error
-
-
 def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> Engine:
     """The engine of this rank, with what it is made of printed by rank 0. Collective.
 
     Args:
         empty: weights are zero, to be loaded.
     """
-    attention = choose_attention(cfg, ctx.device)
-    layers = build_layers(cfg, ctx, attention.impl.fn)
+    chosen = choose_kernels(cfg, ctx.device)
+    layers = build_layers(cfg, ctx, chosen.kernels)
     bounds = stage_bounds(cfg)
-    for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, attention):
+    for line in describe(cfg, ctx, [layer.name for layer in layers], bounds, chosen):
         log.say(line)
     initial = _zeros if empty else random_weights(cfg.train.seed)
     if cfg.checkpoint.initial_weights is not None and not empty:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
-    return runtime.build(layers, bounds, initial, cfg, ctx)
+    return runtime.build(layers, bounds, initial, cfg, ctx, chosen.kernels.adamw_step)
 
 
 def _zeros(logical: LogicalTensor) -> torch.Tensor:
     return torch.zeros(()).expand(logical.shape)
 
 
-def open_folder(cfg: Config, start: Cursor) -> Path:
+def open_folder(cfg: Config, start: Cursor, device: torch.device) -> Path:
     """Rank 0 makes the run folder, or takes up the one of a run that goes on; every rank learns of a refusal.
 
     Raises:
@@ -159,6 +136,7 @@ def open_folder(cfg: Config, start: Cursor) -> Path:
         rewind(folder / METRICS_FILE, start.step)
         (folder / "config.yaml").write_text(resolved_yaml(cfg))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        (folder / "kernels.json").write_text(json.dumps(choose_kernels(cfg, device).record(), indent=1) + "\n")
 
     _on_main(make)
     folder = Path(cfg.run.dir) / cfg.run.name
@@ -215,7 +193,7 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     if not paths:
         return None, Cursor(), option
     reader = open_verified(paths, log.say, option)
-    layers = build_layers(cfg, ParallelContext.single(), choose_attention(cfg, device).impl.fn)
+    layers = build_layers(cfg, ParallelContext.single(), choose_kernels(cfg, device).kernels)
     require_fitting(reader, cfg, data.fingerprint, shapes_of(logical_tensors(layers)), option)
     require_same_optimizer(reader, kinds_of(cfg.optim), option)
     facts = reader.manifest.facts
@@ -250,7 +228,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     init.init_process_group(env, device, cfg.train.timeout_s)
     init.require_equal_config(config_hash(cfg), data.fingerprint)
     reader, start, option = go_on(cfg, data, device)
-    folder = open_folder(cfg, start)
+    folder = open_folder(cfg, start, device)
     ctx = ParallelContext.create(grid, device)
     engine = build_engine(cfg, ctx, empty=reader is not None)
     if reader is not None:

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Protocol
+from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
-from engine_kernels import flash, flex, sdpa
+from engine_kernels import flash, flex, plain, sdpa
 from engine_kernels.documents import Documents
-from engine_kernels.interpreter import interpreted
+from engine_kernels.kernels import Activations, AdamWFn, AttentionFn, Kernels, LinearCrossEntropyFn, Norms, kernels_of
 from engine_kernels.reference.attention import AttentionDropout
 from engine_kernels.reference.attention import attention as reference_attention
 from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
+from engine_kernels.reference.rotary import rotate_qk
 from engine_kernels.registry import Choice, Impl, Situation, choose, register
 from engine_kernels.sdpa import cudnn_attention, sdpa_attention
-from engine_kernels.triton.attention import WIDEST
-from engine_kernels.triton.attention import attention as triton_attention
 
 __all__ = [
+    "AdamWFn",
     "AttentionDropout",
     "AttentionFn",
     "Documents",
+    "Kernels",
+    "LinearCrossEntropyFn",
     "attention",
     "attention_keys",
     "cudnn_attention",
     "dropout",
+    "kernels_of",
     "row_keys",
     "sdpa_attention",
 ]
-
-
-class AttentionFn(Protocol):
-    """(B,S,N,H), (B,S,K,H), (B,S,K,H) -> (B,S,N,H); see `attention`."""
-
-    def __call__(
-        self,
-        q_BSNH: Tensor,
-        k_BSKH: Tensor,
-        v_BSKH: Tensor,
-        *,
-        causal: bool,
-        scale: float | None = None,
-        lengths_B: Tensor | None = None,
-        dropout: AttentionDropout | None = None,
-        documents: Documents | None = None,
-        window: int | None = None,
-    ) -> Tensor: ...
 
 
 def attention(
@@ -115,21 +99,33 @@ def _chosen(name: str, situation: Situation) -> Choice:
     return choose("attention", name, situation)
 
 
-def _triton_supports(s: Situation) -> str | None:
-    if s.device.type != "cuda" and not interpreted():
-        return "needs a CUDA device, or TRITON_INTERPRET=1"
-    if s.device.type == "cuda" and torch.cuda.get_device_capability(s.device)[0] < 8:
-        return "needs compute capability 8.0"
-    if s.dtype is torch.float64:
-        return "takes bf16, fp16 and fp32, not torch.float64"
-    return None if s.head_dim <= WIDEST else f"takes head dims up to {WIDEST}, not {s.head_dim}"
+def _always(s: Situation) -> str | None:
+    return None
+
+
+def _triton(op: str) -> Impl:
+    if find_spec("triton") is None:
+        return Impl(op, "triton", lambda s: "Triton is not installed", None)
+    from engine_kernels.with_triton import IMPLS
+
+    return IMPLS[op]
 
 
 register(Impl("attention", "flash_attn_4", flash.four_supports, flash.four_attention))
 register(Impl("attention", "sdpa_cudnn", sdpa.cudnn_supports, cudnn_attention))
 register(Impl("attention", "flash_attn", flash.two_supports, flash.two_attention))
 register(Impl("attention", "sdpa", sdpa.sdpa_supports, sdpa_attention))
-register(Impl("attention", "triton", _triton_supports, triton_attention))
+register(_triton("attention"))
 register(Impl("attention", "sdpa_flash", sdpa.flash_supports, sdpa.flash_attention))
 register(Impl("attention", "flex", flex.flex_supports, flex.flex_attention_of))
-register(Impl("attention", "reference", lambda s: None, reference_attention))
+register(Impl("attention", "reference", _always, reference_attention))
+for _op, _plain in (
+    ("linear_cross_entropy", None),
+    ("norm", Norms(plain.rms_norm, plain.layer_norm)),
+    ("rotary", rotate_qk),
+    ("activation", Activations(plain.swiglu, plain.gelu)),
+    ("adamw", None),
+):
+    # Triton's first: where torch's is as good, it is reluctant.
+    register(_triton(_op))
+    register(Impl(_op, "torch", _always, _plain))

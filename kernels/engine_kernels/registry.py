@@ -38,6 +38,16 @@ class Situation:
     """What stands around it is compiled by torch.compile."""
     width: int = 0
     """Hidden size."""
+    gathered: bool = False
+    """Weights are whole only while the module that holds them runs."""
+    update: str = "adamw"
+    """The optimizer's rule, and where it runs if that is not where the model is."""
+    flat: bool = True
+    """Optimizer state is a few long tensors rather than one for each parameter."""
+
+
+def _willing(situation: Situation) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,10 @@ class Impl:
     op: str
     name: str
     supports: Callable[[Situation], str | None]
-    fn: Callable[..., Any]
+    fn: Any
+    """The function; a named tuple of them for an operation that has several; None: what calls it does without."""
+    reluctant: Callable[[Situation], str | None] = _willing
+    """Returns None, or the reason why `auto` takes it only where no other can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +71,20 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
     """(name, reason) of each implementation that was passed over because it cannot run."""
     slower: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of each that can run and was passed over, because of measurements or of its place in the list."""
+    """(name, reason) of each that can run and was passed over for a reason other than its place in the list."""
+
+    @property
+    def passed_over(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of all that were not taken, those that can run first."""
+        return *self.slower, *self.refused
+
+    @property
+    def explained(self) -> str:
+        """What was chosen, and why not the others."""
+        return self.impl.name + "".join(f"; not {name}: {reason}" for name, reason in self.passed_over)
 
     def __str__(self) -> str:
-        passed_over = "".join(f"; not {name}: {reason}" for name, reason in (*self.slower, *self.refused))
-        return f"{self.impl.op}: {self.impl.name}{passed_over}"
+        return f"{self.impl.op}: {self.explained}"
 
 
 class KernelUnavailable(ValueError):
@@ -91,7 +113,7 @@ def choose(op: str, name: str, situation: Situation) -> Choice:
     """The implementation called `name`, or for `auto` the fastest that can run.
 
     `auto` takes the one with the shortest time in the measurements that the package ships for this architecture, and
-    the first registered where there are none.
+    the first registered where there are none; one that is reluctant only where no other can run.
 
     Raises:
         KernelUnavailable: `name` is unknown or cannot run here, or nothing can.
@@ -110,11 +132,16 @@ def choose(op: str, name: str, situation: Situation) -> Choice:
         reasons = "; ".join(f"{n}: {r}" for n, r in refused) or "no such implementation"
         raise KernelUnavailable(f"{op}={name} cannot run here ({reasons}). Known: {known}, auto")
     measured = times(op, situation)
-    best = min(able, key=lambda impl: measured.us.get(impl.name, math.inf))
+    reluctant = {impl.name: reason for impl in able if (reason := impl.reluctant(situation)) is not None}
+    willing = [impl for impl in able if impl.name not in reluctant] or able
+    best = min(willing, key=lambda impl: measured.us.get(impl.name, math.inf))
     fastest = measured.us.get(best.name)
-    slower = tuple(
-        (impl.name, f"{measured.us[impl.name] / fastest:.2f} times the time {measured.where}")
-        for impl in able
-        if impl is not best and fastest is not None and impl.name in measured.us
-    )
-    return Choice(best, tuple(refused), slower)
+    slower = []
+    for impl in able:
+        if impl is best:
+            continue
+        if impl.name in reluctant:
+            slower.append((impl.name, reluctant[impl.name]))
+        elif fastest is not None and impl.name in measured.us:
+            slower.append((impl.name, f"{measured.us[impl.name] / fastest:.2f} times the time {measured.where}"))
+    return Choice(best, tuple(refused), tuple(slower))

@@ -19,7 +19,7 @@ from engine.model.feed import Feed
 from engine.model.layers import InitialWeights, LayerDef, Stack, build_stacks
 from engine.parallel.logical import logical_of
 from engine.runtime.steps import make_feeds
-from engine_kernels.ops import AttentionFn
+from engine_kernels.ops import AttentionFn, Kernels
 from engine_kernels.reference.attention import attention as reference
 from tests.helpers.configs import make
 from tests.helpers.repo import ROOT
@@ -86,10 +86,15 @@ def config_of(model: ModelConfig, **changes: Any) -> Config:
 
 
 def layers_of(
-    model: ModelConfig, ctx: ParallelContext | None = None, attention: AttentionFn = reference, **changes: Any
+    model: ModelConfig,
+    ctx: ParallelContext | None = None,
+    attention: AttentionFn = reference,
+    kernels: Kernels | None = None,
+    **changes: Any,
 ) -> list[LayerDef]:
-    """The layers of `model` in a configuration with `changes`."""
-    return build_layers(config_of(model, **changes), ctx or ParallelContext.single(), attention)
+    """The layers of `model` in a configuration with `changes`, of `kernels` or with `attention` and torch."""
+    kernels = kernels or Kernels(attention=attention)
+    return build_layers(config_of(model, **changes), ctx or ParallelContext.single(), kernels)
 
 
 def noisy_weights(seed: int = 7) -> InitialWeights:

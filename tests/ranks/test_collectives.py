@@ -53,6 +53,7 @@ def values(axis: AxisGroup, dim: int) -> None:
         (c.copy_to_axis(mine, axis), mine),
         (c.sum_over_axis(mine, axis), torch.stack(everyone).sum(0)),
         (c.collect_over_axis(mine, axis, dim), torch.cat(everyone, dim)),
+        (c.gather_over_axis(mine, axis, dim), torch.cat(everyone, dim)),
         (c.scatter_sum_over_axis(mine, axis, dim), part(torch.stack(everyone).sum(0), axis, dim)),
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -70,6 +71,7 @@ def operators(axis: AxisGroup, dim: int) -> list[tuple[str, Callable[[Tensor], T
         ("sum", lambda x: c.sum_over_axis(x, axis), False, True),
         ("collect", lambda x: c.collect_over_axis(x, axis, dim), False, True),
         ("scatter_sum", lambda x: c.scatter_sum_over_axis(x, axis, dim), False, False),
+        ("gather", lambda x: c.gather_over_axis(x, axis, dim), False, False),
         ("exchange", lambda x: c.exchange_over_axis(x, axis, split_dim=dim, gather_dim=dim - 1), False, False),
     ]
 

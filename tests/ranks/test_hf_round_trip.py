@@ -23,7 +23,7 @@ from engine.model.hf_config import architecture
 from engine.model.layers import logical_tensors
 from engine.plan.stages import stage_bounds
 from engine.topology.grid import Grid
-from engine_kernels.ops import sdpa_attention
+from engine_kernels.ops import Kernels, sdpa_attention
 from tests.helpers.checkpoints import facts_of
 from tests.helpers.hf_models import empty_model
 from tests.helpers.models import BERT, GPT2, LLAMA, NEOX, QWEN2, config_of, tokens_of
@@ -72,7 +72,7 @@ def rank_of(folder: str) -> None:
     for name, cfg in CASES.items():
         config, root = configure(cfg), Path(folder) / name
         ctx = ParallelContext.create(Grid.from_config(config.parallel, WORLD), torch.device("cpu"))
-        layers = build_layers(config, ctx, sdpa_attention)
+        layers = build_layers(config, ctx, Kernels(attention=sdpa_attention))
         initial = initial_weights(str(root / "theirs"), cfg, logical_tensors(layers))
         engine = runtime.build(layers, stage_bounds(config), initial, config, ctx)
         saver = Saver(engine, asynchronous=False, weights_only=True)

@@ -19,7 +19,8 @@ from engine.model.layers import random_weights
 from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.topology.grid import Grid
-from engine.train.session import build_engine, choose_attention
+from engine.train.kernels import choose_kernels
+from engine.train.session import build_engine
 from tests.helpers.packed import documents_alone, packed_batch
 from tests.helpers.ranks import run_ranks
 
@@ -89,7 +90,7 @@ def oracle(model: str, alone: bool) -> Result:
     batches = micro_batches(cfg)
     if alone:
         batches = [one for batch in batches for one in documents_alone(batch)]
-    layers = build_layers(cfg, ctx, choose_attention(cfg, ctx.device).impl.fn)
+    layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
     return measured(ReferenceEngine(layers, random_weights(cfg.train.seed), cfg, ctx), iter(batches))
 
 

@@ -20,7 +20,7 @@ from engine.model.layers import logical_tensors
 from engine.model.loss import TokenLoss
 from engine.plan.stages import stage_bounds
 from engine.topology.grid import Coord, Grid
-from engine_kernels.ops import sdpa_attention
+from engine_kernels.ops import Kernels, sdpa_attention
 from tests.helpers.hf_models import comparable, inputs_of, relative_errors, with_weights
 from tests.helpers.models import BERT, GPT2, LLAMA, batch_of, config_of, layers_of, noisy_weights
 from tests.helpers.ranks import run_ranks
@@ -87,7 +87,7 @@ def rank_of(cases: list[tuple[ModelConfig, dict[str, Any]]], weights: list[dict[
     for (cfg, layout), values in zip(cases, weights, strict=True):
         config = configure(cfg, layout)
         ctx = ParallelContext.create(Grid.from_config(config.parallel, WORLD), torch.device("cpu"))
-        layers = build_layers(config, ctx, sdpa_attention)
+        layers = build_layers(config, ctx, Kernels(attention=sdpa_attention))
         engine = runtime.build(layers, stage_bounds(config), lambda t, v=values: v[t.name], config, ctx)
         seen.clear()
         loss = float(engine.eval_step(micro_batches(cfg)))

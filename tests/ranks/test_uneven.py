@@ -23,7 +23,7 @@ from engine.protocols import Engine
 from engine.runtime.reference import ReferenceEngine
 from engine.topology.grid import Grid
 from engine.train.session import build_engine
-from engine_kernels.ops import sdpa_attention
+from engine_kernels.ops import Kernels, sdpa_attention
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -110,7 +110,7 @@ def found(folder: Path) -> dict[str, Result]:
 @pytest.mark.parametrize("case", CASES)
 def test_it_computes_what_one_process_does(case: str, found: dict[str, Result], folder: Path) -> None:
     cfg, ctx = config(folder, *CASES[case]), ParallelContext.single()
-    layers = build_layers(cfg, ctx, sdpa_attention)
+    layers = build_layers(cfg, ctx, Kernels(attention=sdpa_attention))
     engine = ReferenceEngine(layers, random_weights(cfg.train.seed), cfg, ctx)
     expected, loss, valid, _ = measured(engine, cfg, LENGTH_MULTIPLE, [])
     gradients, found_loss, found_valid, _ = found[case]

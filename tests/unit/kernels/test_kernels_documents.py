@@ -246,7 +246,7 @@ def test_the_flash_kernel_is_asked_for_each_document(
         return kernel(*args, scale=scale, window_size=window_size)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel if grouped else older)
-    monkeypatch.setattr(packed, "_varlen_takes", lambda q: True)
+    monkeypatch.setattr(packed, "varlen_refuses", lambda device, dtype, head_dim: None)
     packed._varlen_options.cache_clear()
     q, k, v, _ = inputs(2, torch.float64)
     held = documents(PACKINGS["odd lengths"])

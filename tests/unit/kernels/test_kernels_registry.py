@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
-from engine.config import Attention
+from engine.config import Attention, Kernel
 from engine_kernels import ops
-from engine_kernels.registry import Impl, KernelUnavailable, Situation, choose, implementations, register
+from engine_kernels.kernels import Kernels, kernels_of
+from engine_kernels.registry import Impl, KernelUnavailable, Situation, choose, implementations, operations, register
 
 CPU = Situation(torch.device("cpu"), torch.float32, head_dim=64)
 GPU = Situation(torch.device("cuda"), torch.bfloat16, head_dim=64)
@@ -63,10 +67,130 @@ def test_the_configs_choices_are_the_implementations_of_attention() -> None:
     ]
 
 
-def test_attention_on_the_cpu_is_torchs_own() -> None:
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "norm", "rotary", "activation", "adamw"])
+def test_the_configs_choices_are_the_implementations_of_the_others(op: str) -> None:
+    assert [impl.name for impl in implementations(op)] == [c.name for c in Kernel if c is not Kernel.auto]
+
+
+def test_a_reluctant_one_is_taken_where_no_other_can_run_or_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_kernels.registry._IMPLS", {})
+    register(Impl("toy", "shy", lambda s: None, lambda: None, lambda s: "is slow"))
+    assert str(choose("toy", "auto", CPU)) == "toy: shy"
+    register(Impl("toy", "plain", lambda s: None, lambda: None))
+    choice = choose("toy", "auto", CPU)
+    assert (choice.impl.name, choice.slower, choice.refused) == ("plain", (("shy", "is slow"),), ())
+    assert str(choose("toy", "shy", CPU)) == "toy: shy"
+
+
+def test_attention_on_the_cpu_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     choice = choose("attention", "auto", CPU)
     assert choice.impl.fn is ops.sdpa_attention
-    assert choice.refused == (("sdpa_cudnn", "needs a CUDA device"),)
+    assert dict(choice.passed_over) == {
+        "triton": "needs a CUDA device, or TRITON_INTERPRET=1",
+        **dict.fromkeys(("flash_attn_4", "sdpa_cudnn", "flash_attn", "sdpa_flash", "flex"), "needs a CUDA device"),
+    }
+
+
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "norm", "rotary", "activation", "adamw"])
+def test_auto_never_takes_the_interpreter(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = choose(op, "auto", CPU)
+    assert choice.impl.name == ("sdpa" if op == "attention" else "torch")
+    assert ("triton", "Triton's interpreter is for tests") in choice.slower
+    assert choose(op, "triton", CPU).impl.name == "triton"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+FUSES = "torch.compile fuses torch's with what stands around it"
+ZERO3 = "reads the output projection's weight in the loss, and ZeRO-3 gathers it for that layer alone"
+ALONE = "is launched for each parameter alone, where torch steps many at once"
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "chosen", "why_not_triton"),
+    [
+        ("norm", {}, "triton", None),
+        ("rotary", {}, "triton", None),
+        ("activation", {}, "triton", None),
+        ("norm", {"compiled": True}, "torch", FUSES),
+        ("rotary", {"compiled": True}, "torch", FUSES),
+        ("activation", {"compiled": True}, "torch", FUSES),
+        ("linear_cross_entropy", {"compiled": True}, "triton", None),
+        ("linear_cross_entropy", {"gathered": True}, "torch", ZERO3),
+        ("adamw", {"compiled": True}, "triton", None),
+        ("adamw", {"flat": False}, "torch", ALONE),
+        ("adamw", {"update": "lion"}, "torch", "steps by adamw, not by lion"),
+        ("norm", {"width": 16384}, "triton", None),
+        ("norm", {"width": 16385}, "torch", "takes hidden sizes up to 16384, not 16385"),
+        ("activation", {"dtype": torch.float64}, "torch", "takes bf16, fp16 and fp32, not torch.float64"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_what_auto_takes_on_a_gpu(op: str, change: dict[str, Any], chosen: str, why_not_triton: str | None) -> None:
+    choice = choose(op, "auto", replace(GPU, **change))
+    assert choice.impl.name == chosen
+    assert dict(choice.passed_over).get("triton") == why_not_triton
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_auto_would_rather_not_take_can_be_asked_for() -> None:
+    shy = replace(GPU, compiled=True, flat=False)
+    assert [choose(op, "triton", shy).impl.name for op in ("norm", "rotary", "activation", "adamw")] == ["triton"] * 4
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "reason"),
+    [
+        ("linear_cross_entropy", {"gathered": True}, ZERO3),
+        ("norm", {"width": 20000}, "takes hidden sizes up to 16384, not 20000"),
+        ("adamw", {"update": "adamw in host memory"}, "steps by adamw, not by adamw in host memory"),
+        ("attention", {"head_dim": 264}, "takes head dims up to 256, not 264"),
+        ("rotary", {"device": torch.device("cpu")}, "needs a CUDA device, or TRITON_INTERPRET=1"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_refusals_of_triton(op: str, change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    names = ", ".join(impl.name for impl in implementations(op))
+    with pytest.raises(KernelUnavailable) as caught:
+        choose(op, "triton", replace(GPU, **change))
+    assert str(caught.value) == f"{op}=triton cannot run here (triton: {reason}). Known: {names}, auto"
+
+
+def test_triton_needs_a_gpu_that_it_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for op in operations():
+        with pytest.raises(KernelUnavailable, match=r"triton: needs compute capability 8\.0"):
+            choose(op, "triton", GPU)
+
+
+def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_kernels.ops.find_spec", lambda name: None)
+    missing = ops._triton("norm")
+    assert missing.supports(GPU) == "Triton is not installed"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_kernels_in_no_fixed_order_are_passed_over_for_the_same_bits() -> None:
+    choice = choose("attention", "auto", replace(GPU, deterministic=True))
+    reason = "adds up gradients in no fixed order"
+    assert {name for name, said in choice.refused if said == reason} == {
+        "flash_attn_4",
+        "sdpa_cudnn",
+        "sdpa",
+        "sdpa_flash",
+    }
+    assert choice.impl.name in ("flash_attn", "triton")
+
+
+def test_functions_of_choices() -> None:
+    chosen = {op: choose(op, "auto", CPU) for op in operations()}
+    assert kernels_of(chosen) == Kernels(attention=ops.sdpa_attention)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +210,7 @@ def test_what_cudnn_takes(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     choice = choose("attention", "auto", Situation(GPU.device, dtype, head_dim=width))
-    assert choice.refused == (() if reason is None else (("sdpa_cudnn", reason),))
+    assert dict(choice.refused).get("sdpa_cudnn") == reason
     assert choice.impl.name == ("sdpa_cudnn" if reason is None else "sdpa")
 
 
@@ -105,7 +229,7 @@ def test_cudnn_versions_that_cannot_drop(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     choice = choose("attention", "auto", Situation(GPU.device, GPU.dtype, head_dim=64, dropout=dropout))
-    assert choice.refused == (() if reason is None else (("sdpa_cudnn", reason),))
+    assert dict(choice.refused).get("sdpa_cudnn") == reason
 
 
 def test_cudnn_is_passed_over_for_documents_and_refused_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +238,6 @@ def test_cudnn_is_passed_over_for_documents_and_refused_when_asked_for(monkeypat
     choice = choose("attention", "auto", packed)
     reason = "has no attention inside the documents of packed rows in torch"
     assert choice.impl.fn is ops.sdpa_attention
-    assert choice.refused == (("sdpa_cudnn", reason),)
+    assert ("sdpa_cudnn", reason) in choice.refused
     with pytest.raises(KernelUnavailable, match=rf"attention=sdpa_cudnn cannot run here \(sdpa_cudnn: {reason}\)"):
         choose("attention", "sdpa_cudnn", packed)

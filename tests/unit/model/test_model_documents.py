@@ -19,8 +19,9 @@ from engine.model.gpt import LearnedPositions
 from engine.model.layers import build_stacks
 from engine.model.rope import RotaryTable
 from engine.runtime.reference import ReferenceEngine
-from engine_kernels.ops import AttentionFn, sdpa_attention
+from engine_kernels.ops import AttentionFn, Kernels, sdpa_attention
 from engine_kernels.reference.attention import attention as reference
+from engine_kernels.reference.rotary import rotate_qk
 from tests.helpers.models import (
     GPT2,
     LLAMA,
@@ -149,28 +150,30 @@ def test_rotary_angles_are_those_of_the_positions_given() -> None:
     table = RotaryTable(16, 8, 100.0, torch.device("cpu"))
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 0, 1, 2], [4, 3, 15, 0, 0]])
-    found = table.rotate(x, positions)
+
+    def turn(x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return rotate_qk(x, x, table.cos_SR, table.sin_SR, positions)[0]
+
+    found = turn(x, positions)
     for row in range(2):
         for s in range(5):
             at = int(positions[row, s])
-            alone = table.rotate(x[row : row + 1, s : s + 1].expand(1, at + 1, 3, 8))[:, -1]
+            alone = turn(x[row : row + 1, s : s + 1].expand(1, at + 1, 3, 8))[:, -1]
             assert torch.equal(found[row : row + 1, s], alone)
-    assert torch.equal(table.rotate(x, torch.arange(5).expand(2, 5)), table.rotate(x))
+    assert torch.equal(turn(x, torch.arange(5).expand(2, 5)), turn(x))
 
 
-def test_blocks_rotate_by_positions_in_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_rotate_by_positions_in_documents() -> None:
     """The scores of a document do not show it: they depend on distances alone."""
     feed = feed_of(LLAMA, packed_batch(LLAMA, LENGTHS, padding=PADDING))
     seen: list[Tensor | None] = []
-    right = RotaryTable.rotate
 
-    def spy(self: RotaryTable, x_BSNH: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        seen.append(positions_BS)
-        return right(self, x_BSNH, positions_BS)
+    def spy(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen.append(positions)
+        return rotate_qk(q, k, cos, sin, positions)
 
-    monkeypatch.setattr(RotaryTable, "rotate", spy)
-    whole_model(LLAMA)(None, feed)
-    assert len(seen) == 2 * LLAMA.num_layers
+    whole_model(LLAMA, kernels=Kernels(attention=reference, rotate_qk=spy))(None, feed)
+    assert len(seen) == LLAMA.num_layers
     assert all(positions is feed.document_positions_BS for positions in seen)
 
 

@@ -18,6 +18,7 @@ from engine.optim.pieces import LogicalOptimizer, Piece
 from engine.optim.state import WEIGHT, Held, Slot, kinds_of
 from engine.parallel.logical import logical_of
 from engine.parallel.rectangles import matrix_shape
+from engine_kernels.reference.adamw import adamw_step
 from tests.helpers.checkpoints import fill, write_checkpoint
 from tests.helpers.tensors import TENSORS, Bowls, values
 
@@ -28,6 +29,7 @@ HIDDEN = {name for name, logical in TENSORS.items() if logical.role == "matrix"}
 ALL = set(TENSORS)
 KINDS: dict[str, dict[str, set[str]]] = {
     "adamw": {"exp_avg": ALL, "exp_avg_sq": ALL},
+    "adamw by a kernel": {"exp_avg": ALL, "exp_avg_sq": ALL},
     "lamb": {"exp_avg": ALL, "exp_avg_sq": ALL},
     "lion": {"exp_avg": ALL},
     "sgd": {},
@@ -36,7 +38,7 @@ KINDS: dict[str, dict[str, set[str]]] = {
     "adafactor": {"row_mean": MATRICES, "column_mean": MATRICES, "square": ALL - MATRICES},
 }
 """Which tensors have which kinds of state, beside their weights."""
-COUNTED = {"adamw", "lamb", "muon", "adafactor"}
+COUNTED = {"adamw", "adamw by a kernel", "lamb", "muon", "adafactor"}
 by_name = pytest.mark.parametrize("name", KINDS)
 
 
@@ -53,7 +55,8 @@ class Whole:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.mul_(scale)
-        self.optimizer = build_optimizer(self.model.parameters(), self.cfg, CTX)
+        kernel = adamw_step if "kernel" in name else None
+        self.optimizer = build_optimizer(self.model.parameters(), self.cfg, CTX, adamw_step=kernel)
 
     def held(self) -> list[Held]:
         found = []

@@ -11,6 +11,7 @@ from engine.dist.context import ParallelContext
 from engine.model.build import build_layers
 from engine.model.layers import owner_of
 from engine.plan.costs import flops_per_token, layer_costs, parameter_counts, total_parameters
+from engine_kernels.ops import Kernels
 from engine_kernels.reference.attention import attention
 from tests.helpers.configs import make
 
@@ -116,7 +117,7 @@ def test_bert_has_the_parameters_of_transformers_model(head: SentenceHead, layer
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"token_types": 0}, {"tied_head": False}], ids=str)
 def test_every_layer_of_bert_has_the_parameters_that_it_is_built_with(changes: dict[str, Any]) -> None:
     model = replace(BERT, **{"num_layers": 2, "hidden_size": 48, "vocab_size": 320, "vocab_multiple": 1, **changes})
-    layers = build_layers(make_with(model), ParallelContext.single(), attention)
+    layers = build_layers(make_with(model), ParallelContext.single(), Kernels(attention=attention))
     built = {
         layer.name: sum(p.numel() for p in layer.factory().parameters()) if owner_of(layers, layer) is layer else 0
         for layer in layers
@@ -137,7 +138,7 @@ def test_every_layer_of_bert_has_the_parameters_that_it_is_built_with(changes: d
 def test_every_layer_of_gpt_has_the_parameters_that_it_is_built_with(changes: dict[str, Any], tied: bool) -> None:
     small = {"num_layers": 2, "hidden_size": 48, "num_heads": 6, "vocab_size": 320, "vocab_multiple": 1}
     model = replace(GPT2, **{**small, "positions": Positions.rotary, "tied_head": tied, **changes})
-    layers = build_layers(make_with(model), ParallelContext.single(), attention)
+    layers = build_layers(make_with(model), ParallelContext.single(), Kernels(attention=attention))
     built = {
         layer.name: sum(p.numel() for p in layer.factory().parameters()) if owner_of(layers, layer) is layer else 0
         for layer in layers

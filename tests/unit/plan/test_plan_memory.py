@@ -34,6 +34,7 @@ from engine.plan.memory import (
 )
 from engine.plan.stages import chunk_owners, chunks, layers_of, stage_bounds
 from engine.topology.schedule import build
+from engine_kernels.ops import Kernels
 from engine_kernels.reference.attention import attention
 from tests.helpers.configs import make
 
@@ -48,7 +49,7 @@ DUALPIPEV = {"parallel__pp": 2, "parallel__schedule": PipelineSchedule.dualpipev
 
 def kept_bytes(cfg: Config) -> int:
     """Bytes of the tensors that autograd keeps in one block's forward pass, parameters left out."""
-    layers = build_layers(cfg, ParallelContext.single(), attention)
+    layers = build_layers(cfg, ParallelContext.single(), Kernels(attention=attention))
     block = next(layer for layer in layers if layer.name == "block.0").factory()
     with torch.no_grad():
         for parameter in block.parameters():
@@ -129,14 +130,14 @@ def test_chunks_hold_every_layer_once_on_the_ranks_of_the_schedule(changes: dict
     program = build(parallel.schedule, parallel.pp, cfg.train.accum_steps, parallel.virtual_stages)
     assert tuple(chunk_owners(cfg)) == program.owner
     assert len(chunks(cfg)) == program.chunks
-    names = [layer.name for layer in build_layers(cfg, ParallelContext.single(), attention)]
+    names = [layer.name for layer in build_layers(cfg, ParallelContext.single(), Kernels(attention=attention))]
     assert [name for part in chunks(cfg) for name in part] == names
     assert sorted(name for stage in range(parallel.pp) for name in layers_of(cfg, stage)) == sorted(names)
 
 
 def test_the_heads_of_bert_stay_on_one_stage() -> None:
     cfg = make(model__family=Family.bert, model__vocab_size=100_000, model__tied_head=False, parallel__pp=3)
-    layers = build_layers(cfg, ParallelContext.single(), attention)
+    layers = build_layers(cfg, ParallelContext.single(), Kernels(attention=attention))
     bounds = stage_bounds(cfg)
     assert not any(layers[bound].glued for bound in bounds[1:-1])
     assert layers_of(cfg, 2)[-3:] == ["head.transform", "head", "head.bias"]

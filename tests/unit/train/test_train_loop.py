@@ -22,8 +22,8 @@ from engine.plan.costs import parameter_counts
 from engine.protocols import Engine, StepResult
 from engine.topology.grid import Grid
 from engine.train.describe import describe
+from engine.train.kernels import choose_kernels
 from engine.train.loop import Cursor, StopRequested, fit, reads_text
-from engine.train.session import choose_attention
 from tests.helpers.models import preset
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def config(model: str = "gpt_tiny") -> Config:
 
 def lines(cfg: Config, pp: int, dp: int, tp: int, bounds: list[int], cp: int = 1) -> list[str]:
     ctx = replace(ParallelContext.single(), grid=Grid(pp=pp, dp=dp, cp=cp, tp=tp))
-    return list(describe(cfg, ctx, list(parameter_counts(cfg.model)), bounds, choose_attention(cfg, CPU)))
+    return list(describe(cfg, ctx, list(parameter_counts(cfg.model)), bounds, choose_kernels(cfg, CPU)))
 
 
 def test_a_run_with_stages_is_described_in_numbers() -> None:
@@ -52,7 +52,7 @@ def test_a_run_with_stages_is_described_in_numbers() -> None:
         "stage 0: embed.tokens .. block.0, 3 layers, 487k parameters",
         "stage 1: block.1 .. head, 5 layers, 595k parameters",
         "one_f_one_b with 3 micro-batches: bubble 25% if stages are equal; more train.accum_steps shrink it",
-        "attention: sdpa; not sdpa_cudnn: needs a CUDA device",
+        "kernels: attention sdpa, loss torch, norm torch, activation torch, optimizer torch",
     ]
 
 
@@ -76,17 +76,18 @@ def test_without_stages_none_are_listed() -> None:
     assert "4 ranks = pp 1 x dp 4 x tp 1" in first
     assert second.startswith("global batch 48 = micro 4 x accum 3 x dp 4 ")
     assert second.endswith("ZeRO-3, bf16, sgd")
-    assert rest == ["attention: reference"]
+    assert rest == ["kernels: attention reference, loss torch, norm torch, rotary torch, activation torch"]
 
 
 def test_an_attention_that_cannot_run_here_is_refused() -> None:
     cfg = config()
     cfg.kernels.attention = Attention.sdpa_cudnn
     with pytest.raises(ConfigError) as caught:
-        choose_attention(cfg, CPU)
+        choose_kernels(cfg, CPU)
     assert str(caught.value) == (
         "1. [OCT330] kernels.attention=sdpa_cudnn: attention=sdpa_cudnn cannot run here (sdpa_cudnn: needs a CUDA "
-        "device). Known: sdpa_cudnn, sdpa, reference, auto. Use kernels.attention=auto"
+        "device). Known: flash_attn_4, sdpa_cudnn, flash_attn, sdpa, triton, sdpa_flash, flex, reference, auto. "
+        "Use kernels.attention=auto"
     )
 
 
@@ -95,10 +96,11 @@ def test_cudnn_attention_is_refused_for_packed_documents(monkeypatch: pytest.Mon
     cfg = config()
     cfg.kernels.attention, cfg.data.document_mask, cfg.precision.dtype = Attention.sdpa_cudnn, True, DType.bf16
     with pytest.raises(ConfigError) as caught:
-        choose_attention(cfg, torch.device("cuda"))
+        choose_kernels(cfg, torch.device("cuda"))
     assert str(caught.value) == (
         "1. [OCT330] kernels.attention=sdpa_cudnn: attention=sdpa_cudnn cannot run here (sdpa_cudnn: has no attention "
-        "inside the documents of packed rows in torch). Known: sdpa_cudnn, sdpa, reference, auto. "
+        "inside the documents of packed rows in torch). "
+        "Known: flash_attn_4, sdpa_cudnn, flash_attn, sdpa, triton, sdpa_flash, flex, reference, auto. "
         "Use kernels.attention=auto"
     )
 

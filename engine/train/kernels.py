@@ -1,0 +1,125 @@
+"""Which kernels a run has: one choice for each operation, made before the model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from engine.config.derived import head_dim, is_causal, kv_heads
+from engine.config.enums import Kernel, Offload, OptimizerName, Positions
+from engine.config.schema import Config
+from engine.dist.init import DTYPES
+from engine.errors import ConfigError, Violation
+from engine.runtime.compile import wants_compile
+from engine_kernels.ops import Kernels, kernels_of
+from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
+
+OPERATIONS = {
+    "attention": "attention",
+    "loss": "linear_cross_entropy",
+    "norm": "norm",
+    "rotary": "rotary",
+    "activation": "activation",
+    "optimizer": "adamw",
+}
+"""Option of `kernels` -> operation of `engine_kernels`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The choices of a run, by option of `kernels`: of all operations that it has."""
+
+    choices: dict[str, Choice]
+    asked: dict[str, str]
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the model is built with."""
+        return kernels_of({choice.impl.op: choice for choice in self.choices.values()})
+
+    def lines(self, device: torch.device) -> Iterator[str]:
+        """For people: on a GPU why the others were passed over, a line for all options of which the same is said."""
+        if device.type != "cuda":
+            yield "kernels: " + ", ".join(f"{option} {choice.impl.name}" for option, choice in self.choices.items())
+            return
+        for said, group in groupby(self.choices.items(), key=lambda item: item[1].explained):
+            yield f"{', '.join(option for option, _ in group)}: {said}"
+
+    def record(self) -> dict[str, Any]:
+        """Option -> implementation, what was asked for, and name -> reason of those that were passed over."""
+        return {
+            option: {
+                "implementation": choice.impl.name,
+                "asked": self.asked[option],
+                "passed_over": dict(choice.passed_over),
+            }
+            for option, choice in self.choices.items()
+        }
+
+
+def situation(cfg: Config, device: torch.device) -> Situation:
+    """What the implementations are asked about. The rules hold for `cfg`."""
+    model, causal = cfg.model, is_causal(cfg.model)
+    elsewhere = cfg.zero.offload_optimizer is not Offload.none
+    return Situation(
+        device,
+        DTYPES[cfg.precision.dtype],
+        head_dim=head_dim(model),
+        length=cfg.data.seq_len,
+        groups=model.num_heads // kv_heads(model),
+        causal=causal,
+        dropout=model.attention_dropout > 0,
+        documents=cfg.data.document_mask,
+        # Queries of causal rows do not see padding, and other rows may be shorter than what they are rounded up to.
+        padded=not causal,
+        deterministic=cfg.kernels.deterministic,
+        compiled=wants_compile(cfg, device),
+        width=model.hidden_size,
+        gathered=cfg.zero.stage == 3,
+        update=f"{cfg.optim.name} in host memory" if elsewhere else str(cfg.optim.name),
+        flat=cfg.zero.stage > 0,
+    )
+
+
+def choose_kernels(cfg: Config, device: torch.device) -> Chosen:
+    """The implementation of each operation that the run has, the same for every layer.
+
+    Raises:
+        ConfigError: one that was asked for by name cannot run here (330).
+    """
+    here = situation(cfg, device)
+    chosen, violations = Chosen({}, {}), []
+    for option, op in OPERATIONS.items():
+        asked = getattr(cfg.kernels, option)
+        if not _has(cfg, option, asked):
+            continue
+        chosen.asked[option] = str(asked)
+        try:
+            chosen.choices[option] = choose(op, str(asked), here)
+        except KernelUnavailable as error:
+            violations.append(
+                Violation(
+                    code=330,
+                    option=f"kernels.{option}",
+                    value=asked,
+                    rule=str(error),
+                    way_out=f"Use kernels.{option}=auto",
+                )
+            )
+    if violations:
+        raise ConfigError(violations)
+    return chosen
+
+
+def _has(cfg: Config, option: str, asked: object) -> bool:
+    """Whether the run does it at all; a kernel for another optimizer is refused where it was asked for."""
+    if option == "rotary":
+        return cfg.model.positions is Positions.rotary
+    if option == "optimizer":
+        here = cfg.optim.name is OptimizerName.adamw and cfg.zero.offload_optimizer is Offload.none
+        return here or asked is Kernel.triton
+    return True

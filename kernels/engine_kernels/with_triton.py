@@ -1,0 +1,73 @@
+"""The implementations in Triton and where they can run. Imports Triton."""
+
+from __future__ import annotations
+
+import torch
+
+from engine_kernels.interpreter import interpreted
+from engine_kernels.kernels import Activations, Norms
+from engine_kernels.registry import Impl, Situation
+from engine_kernels.triton import attention, norm
+from engine_kernels.triton.activation import gelu, swiglu
+from engine_kernels.triton.adamw import adamw_step
+from engine_kernels.triton.layer_norm import layer_norm
+from engine_kernels.triton.linear_cross_entropy import linear_cross_entropy
+from engine_kernels.triton.rms_norm import rms_norm
+from engine_kernels.triton.rotary import rotate_qk
+
+
+def _supports(s: Situation) -> str | None:
+    if s.device.type != "cuda" and not interpreted():
+        return "needs a CUDA device, or TRITON_INTERPRET=1"
+    if s.device.type == "cuda" and torch.cuda.get_device_capability(s.device)[0] < 8:
+        return "needs compute capability 8.0"
+    return "takes bf16, fp16 and fp32, not torch.float64" if s.dtype is torch.float64 else None
+
+
+def _attention_supports(s: Situation) -> str | None:
+    if (reason := _supports(s)) is not None:
+        return reason
+    return None if s.head_dim <= attention.WIDEST else f"takes head dims up to {attention.WIDEST}, not {s.head_dim}"
+
+
+def _loss_supports(s: Situation) -> str | None:
+    if s.gathered:
+        return "reads the output projection's weight in the loss, and ZeRO-3 gathers it for that layer alone"
+    return _supports(s)
+
+
+def _norm_supports(s: Situation) -> str | None:
+    if (reason := _supports(s)) is not None:
+        return reason
+    return None if s.width <= norm.WIDEST else f"takes hidden sizes up to {norm.WIDEST}, not {s.width}"
+
+
+def _adamw_supports(s: Situation) -> str | None:
+    return _supports(s) if s.update == "adamw" else f"steps by adamw, not by {s.update}"
+
+
+def _interpreted(s: Situation) -> str | None:
+    return None if s.device.type == "cuda" else "Triton's interpreter is for tests"
+
+
+def _fusible(s: Situation) -> str | None:
+    return "torch.compile fuses torch's with what stands around it" if s.compiled else _interpreted(s)
+
+
+def _scattered(s: Situation) -> str | None:
+    return _interpreted(s) if s.flat else "is launched for each parameter alone, where torch steps many at once"
+
+
+IMPLS = {
+    impl.op: impl
+    for impl in (
+        Impl("attention", "triton", _attention_supports, attention.attention, _interpreted),
+        Impl("linear_cross_entropy", "triton", _loss_supports, linear_cross_entropy, _interpreted),
+        # Without a residual a norm returns one tensor.
+        Impl("norm", "triton", _norm_supports, Norms(rms_norm, layer_norm), _fusible),  # type: ignore[arg-type]
+        Impl("rotary", "triton", _supports, rotate_qk, _fusible),
+        Impl("activation", "triton", _supports, Activations(swiglu, gelu), _fusible),
+        Impl("adamw", "triton", _adamw_supports, adamw_step, _scattered),
+    )
+}
+"""By operation."""
