@@ -84,6 +84,11 @@ def check(given: Results, kind: str) -> None:
     assert found.keys() == exact.keys()
     for name, value in found.items():
         assert value.is_contiguous() or name.startswith("d"), name
+        if name == "dx" and value.shape[-1] == 1:
+            # One channel is always normalised to itself: what is left of terms of this size is their rounding.
+            size = (given["dy"].abs() * given["weight_D"].abs() / given["x"].abs()).amax()
+            assert float((value - exact[name]).abs().max()) <= float(size) * torch.finfo(value.dtype).eps, kind
+            continue
         assert_twice_as_good(f"{kind} {name}", value, baseline[name], exact[name])
     if "s" in found:
         assert torch.equal(found["s"], baseline["s"])
@@ -226,7 +231,12 @@ def test_reference_is_torchs(kind: str, dtype: torch.dtype) -> None:
         if dtype == torch.float64:
             torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
         else:
-            assert_twice_as_good(f"{kind} {name}", value, baseline[name], exact[name])
+            if name == "dx" and value.shape[-1] == 1:
+            # One channel is always normalised to itself: what is left of terms of this size is their rounding.
+            size = (given["dy"].abs() * given["weight_D"].abs() / given["x"].abs()).amax()
+            assert float((value - exact[name]).abs().max()) <= float(size) * torch.finfo(value.dtype).eps, kind
+            continue
+        assert_twice_as_good(f"{kind} {name}", value, baseline[name], exact[name])
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

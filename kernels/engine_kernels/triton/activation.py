@@ -82,10 +82,16 @@ def _gelu_parts(x, TANH: tl.constexpr, FINE: tl.constexpr):
     if TANH:
         # (1 + tanh(u)) / 2 = sigmoid(2u), exact in both tails, where the power of two is infinite or zero.
         square = x * x
-        below = 1.0 + tl.exp2(-x * (2.3022081981 + 0.10294323958 * square))
-        share = tl.div_rn(tl.full(below.shape, 1.0, tl.float32), below) if FINE else 1.0 / below
+        exponent = 2.3022081981 + 0.10294323958 * square
         # share (1 - share) is zero long before |x| = 16.
         grown = 1.5957691216057308 + 0.2140644488178 * tl.minimum(square, 256.0)
+        if FINE:
+            # 1 - share would keep no more of its bits than share leaves.
+            power = tl.exp2(-tl.abs(x) * exponent)
+            larger = tl.div_rn(tl.full(power.shape, 1.0, tl.float32), 1.0 + power)
+            smaller = power * larger
+            return tl.where(x < 0.0, smaller, larger), x * smaller * larger * grown
+        share = 1.0 / (1.0 + tl.exp2(-x * exponent))
         return share, x * share * (1.0 - share) * grown
     bell = tl.exp2(-0.7213475204 * x * x)
     if FINE:
