@@ -19,7 +19,6 @@ from engine.config.enums import (
 )
 from engine.config.schema import (
     Config,
-    KernelsConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -33,6 +32,7 @@ from engine.config.schema import (
 )
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
+from engine.config.schema_kernels import KernelsConfig
 
 __all__ = [
     "Activation",

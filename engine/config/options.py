@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from engine.config import schema, schema_checkpoint, schema_data, schema_launch, schema_search
+from engine.config import schema, schema_checkpoint, schema_data, schema_kernels, schema_launch, schema_search
 from engine.config.schema import Config
 from engine.errors import nearest
 
@@ -112,7 +112,7 @@ def is_missing(option: Option) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string that follows the field in the source; Python itself does not keep it."""
     found = {}
-    modules = (schema, schema_checkpoint, schema_data, schema_launch, schema_search)
+    modules = (schema, schema_checkpoint, schema_data, schema_kernels, schema_launch, schema_search)
     sources = [inspect.getsource(module) for module in modules]
     for node in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(node, ast.ClassDef):

@@ -12,12 +12,10 @@ from omegaconf import MISSING
 
 from engine.config.enums import (
     Activation,
-    Attention,
     Balance,
     Device,
     DType,
     Family,
-    Kernel,
     Norm,
     Offload,
     OffloadStrategy,
@@ -27,11 +25,11 @@ from engine.config.enums import (
     Recompute,
     ScheduleName,
     SentenceHead,
-    Switch,
     WandbMode,
 )
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
+from engine.config.schema_kernels import KernelsConfig
 from engine.config.schema_launch import LaunchConfig
 from engine.config.schema_search import SearchConfig
 
@@ -182,28 +180,6 @@ class PrecisionConfig:
     """fp16: steps without overflow before the dynamic scale is doubled."""
     tf32: bool = False
     """Let fp32 matrix products on GPUs use TF32 (10-bit mantissa). Off keeps the parity promise."""
-
-
-@dataclass(slots=True, kw_only=True)
-class KernelsConfig:
-    """Choices among implementations of the same mathematics."""
-
-    attention: Attention = Attention.auto
-    loss: Kernel = Kernel.auto
-    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full. `auto`: that on
-    GPUs, but for ZeRO-3, which keeps the projection's weight away from the loss."""
-    norm: Kernel = Kernel.auto
-    """LayerNorm and RMSNorm. `auto`: `triton` on GPUs where blocks are not compiled, else `torch`."""
-    rotary: Kernel = Kernel.auto
-    """Rotary positions of queries and keys, both in one launch with `triton`. `auto`: as for `norm`."""
-    activation: Kernel = Kernel.auto
-    """SwiGLU and GELU. `auto`: as for `norm`."""
-    optimizer: Kernel = Kernel.auto
-    """AdamW. `auto`: `triton` on GPUs under ZeRO, whose state is flat, else `torch`."""
-    deterministic: bool = False
-    """Pass over kernels that add up in no fixed order: the same inputs give the same bits."""
-    compile: Switch = Switch.auto
-    """torch.compile for the transformer blocks and the loss. `auto`: on for GPUs."""
 
 
 @dataclass(slots=True, kw_only=True)

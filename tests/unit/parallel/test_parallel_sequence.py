@@ -14,7 +14,10 @@ from engine.model.norm import LayerNorm, RMSNorm
 from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from engine.parallel.logical import logical_of, name_parameters
+from engine_kernels.ops import Kernels, sdpa_attention
 from tests.helpers.threads import on_axis
+
+KERNELS = Kernels(attention=sdpa_attention)
 
 B, S, D, F_ = 2, 8, 12, 16
 
@@ -34,8 +37,8 @@ class Mlp(nn.Module):
 LAYERS: dict[str, Callable[[AxisGroup, bool], nn.Module]] = {
     "column and row": Mlp,
     "replicated": lambda tp, sequence: ReplicatedLinear(D, 5, tp=tp, bias=True, init_std=1.0, sequence=sequence),
-    "layernorm": lambda tp, sequence: LayerNorm(D, eps=1e-5, bias=True, tp=tp, sequence=sequence),
-    "rmsnorm": lambda tp, sequence: RMSNorm(D, eps=1e-5, tp=tp, sequence=sequence),
+    "layernorm": lambda tp, sequence: LayerNorm(D, KERNELS, eps=1e-5, bias=True, tp=tp, sequence=sequence),
+    "rmsnorm": lambda tp, sequence: RMSNorm(D, KERNELS, eps=1e-5, tp=tp, sequence=sequence),
 }
 
 

@@ -1,0 +1,29 @@
+"""Options of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config.enums import Attention, Kernel, Switch
+
+
+@dataclass(slots=True, kw_only=True)
+class KernelsConfig:
+    """Choices among implementations of the same mathematics."""
+
+    attention: Attention = Attention.auto
+    loss: Kernel = Kernel.auto
+    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full. `auto`: that on
+    GPUs, but for ZeRO-3, which keeps the projection's weight away from the loss."""
+    norm: Kernel = Kernel.auto
+    """LayerNorm and RMSNorm. `auto`: `triton` on GPUs where blocks are not compiled, else `torch`."""
+    rotary: Kernel = Kernel.auto
+    """Rotary positions of queries and keys, both in one launch with `triton`. `auto`: as for `norm`."""
+    activation: Kernel = Kernel.auto
+    """SwiGLU and GELU. `auto`: as for `norm`."""
+    optimizer: Kernel = Kernel.auto
+    """AdamW. `auto`: `triton` on GPUs under ZeRO, whose state is flat, else `torch`."""
+    deterministic: bool = False
+    """Pass over kernels that add up in no fixed order: the same inputs give the same bits."""
+    compile: Switch = Switch.auto
+    """torch.compile for the transformer blocks and the loss. `auto`: on for GPUs."""
