@@ -42,7 +42,7 @@ def figures(rows: Sequence[Row], **wanted: Any) -> list[Row]:
 
 
 def paths_of(words: Sequence[Path]) -> list[Path]:
-    """The files named; of a folder its `rows.jsonl`; none named: all that are kept, oldest first."""
+    """The files named; of a folder all its row files, oldest first; none named: all that are kept."""
     if not words:
         return sorted(RESULTS.rglob("*.jsonl"))
-    return [path / "rows.jsonl" if path.is_dir() else path for path in words]
+    return [file for path in words for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
