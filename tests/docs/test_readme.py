@@ -22,7 +22,7 @@ SMALL = "train.eval_batches=1 data.max_bytes=300000 data.valid_fraction=0.3 data
 TINY = f"train.steps=3 {SMALL}"
 DATA = "max_bytes=300000 valid_fraction=0.3 vocab_size=400"
 FOUR_RANKS = ("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU", "step N: validation loss N")
-RUN_FILES = ("metrics.jsonl", "loss.png", "summary.json", "weights", "config.yaml", "environment.json")
+RUN_FILES = ("metrics.jsonl", "loss.png", "summary.json", "weights", "config.yaml", "environment.json", "kernels.json")
 
 
 CHECKPOINTS = "checkpoints"

@@ -15,6 +15,12 @@ CPU = Situation(torch.device("cpu"), torch.float32, head_dim=64)
 GPU = Situation(torch.device("cuda"), torch.bfloat16, head_dim=64)
 
 
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of registration alone; measurements have tests of their own."""
+    monkeypatch.setattr("engine_kernels.measured._table", lambda: {})
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     """An operation whose first two implementations cannot run."""
