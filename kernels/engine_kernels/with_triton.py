@@ -54,15 +54,19 @@ def _fusible(s: Situation) -> str | None:
     return "torch.compile fuses torch's with what stands around it" if s.compiled else _interpreted(s)
 
 
+def _unmeasured(s: Situation) -> str | None:
+    return _interpreted(s) or "is taken when asked for: whole training steps with it are not measured yet"
+
+
 def _scattered(s: Situation) -> str | None:
-    return _interpreted(s) if s.flat else "is launched for each parameter alone, where torch steps many at once"
+    return _unmeasured(s) if s.flat else "is launched for each parameter alone, where torch steps many at once"
 
 
 IMPLS = {
     impl.op: impl
     for impl in (
         Impl("attention", "triton", _attention_supports, attention.attention, _interpreted),
-        Impl("linear_cross_entropy", "triton", _loss_supports, linear_cross_entropy, _interpreted),
+        Impl("linear_cross_entropy", "triton", _loss_supports, linear_cross_entropy, _unmeasured),
         # Without a residual a norm returns one tensor.
         Impl("norm", "triton", _norm_supports, Norms(rms_norm, layer_norm), _fusible),  # type: ignore[arg-type]
         Impl("rotary", "triton", _supports, rotate_qk, _fusible),
