@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 
 
 # By head dim, rounded up to a power of two; fastest of those tried on an H200 in 16 bits (benchmarks/LOG.md).
-# No key tile is as wide as the head: with descriptors and four warps such a kernel of Triton 3.6 gives wrong sums.
+# No key tile is as wide as the head: there Triton 3.6's assembler overwrites the queries inside the loop (the LOG).
 FORWARD = {32: Blocks(64, 64, 4, 3), 64: Blocks(64, 128, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 3)}
 KEYS = {32: Blocks(64, 64, 4, 2), 64: Blocks(128, 64, 4, 2), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)}
 QUERIES = {32: Blocks(64, 64, 4, 3), 64: Blocks(64, 128, 4, 3), 128: Blocks(64, 64, 4, 3), 256: Blocks(64, 32, 4, 2)}
