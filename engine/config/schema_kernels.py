@@ -13,8 +13,8 @@ class KernelsConfig:
 
     attention: Attention = Attention.auto
     loss: Kernel = Kernel.auto
-    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full. `auto`: that on
-    GPUs, but for ZeRO-3, which keeps the projection's weight away from the loss."""
+    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full; not under ZeRO-3,
+    which keeps the projection's weight away from the loss. `auto`: `torch`."""
     norm: Kernel = Kernel.auto
     """LayerNorm and RMSNorm. `auto`: `triton` on GPUs where blocks are not compiled, else `torch`."""
     rotary: Kernel = Kernel.auto
@@ -22,7 +22,7 @@ class KernelsConfig:
     activation: Kernel = Kernel.auto
     """SwiGLU and GELU. `auto`: as for `norm`."""
     optimizer: Kernel = Kernel.auto
-    """AdamW. `auto`: `triton` on GPUs under ZeRO, whose state is flat, else `torch`."""
+    """AdamW. `triton` passes once over flat state, which ZeRO has. `auto`: `torch`."""
     deterministic: bool = False
     """Pass over kernels that add up in no fixed order: the same inputs give the same bits."""
     compile: Switch = Switch.auto

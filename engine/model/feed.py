@@ -60,6 +60,9 @@ class Feed:
     def attention_dropout(self, p: float, site: int, first_head: int, heads: int) -> AttentionDropout:
         """Dropout of the attention weights of `heads` logical heads from `first_head` on, over the whole sequence."""
 
+        # Out of compiled graphs: torch 2.13 compiles the hashes of heads wrongly for CPUs, and `site` may be a symbol,
+        # whose 64-bit arithmetic only Python gets right.
+        @torch.compiler.disable
         def keys_BNS() -> Tensor:
             positions_S = torch.arange(self.whole_length, device=self.samples_B.device)
             return attention_keys(row_keys(self.seed, site, self.samples_B, positions_S), first_head, heads)

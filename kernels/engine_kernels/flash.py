@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ def _four() -> Any:
         return f"cannot be imported ({error!s:.80})"
     for name, wanted in (
         ("_flash_attn_fwd", {"cu_seqlens_q", "max_seqlen_q", "softmax_scale", "window_size_left", "return_lse"}),
-        ("_flash_attn_bwd", {"cu_seqlens_q", "max_seqlen_q", "softmax_scale", "window_size_left"}),
+        ("_flash_attn_bwd", {"cu_seqlens_q", "max_seqlen_q", "softmax_scale", "window_size_left", "dq", "dk", "dv"}),
     ):
         function = getattr(module, name, None)
         if function is None or not wanted <= set(inspect.signature(function).parameters):
@@ -94,7 +95,7 @@ def two_attention(
         "deterministic": True,
     }
     B, S, *_ = q_BSNH.shape
-    with seeded(0 if dropout is None else dropout.seed, q_BSNH.device):
+    with nullcontext() if dropout is None else seeded(dropout.seed, q_BSNH.device):
         if documents is None and (lengths_B is None or causal):
             return cast(Tensor, _two().flash_attn_func(q_BSNH, k_BSKH, v_BSKH, **options))
         starts, longest = _pieces(documents, lengths_B, S)
@@ -187,13 +188,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     limits = _limits(starts, longest, scale, causal, window)
     packed = (_packed(x) for x in (q, k, v, out, do))
-    dq, dk, dv = _four()._flash_attn_bwd(*packed, lse, **limits)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    _four()._flash_attn_bwd(*packed, lse, dq=dq, dk=dk, dv=dv, **limits)
     return dq, dk, dv
 
 
 @_backward.register_fake
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@cache
+@lru_cache(maxsize=8)
 def _mask(length: int, causal: bool, window: int | None, device: torch.device) -> BlockMask | None:
     if not causal and window is None:
         return None
@@ -41,9 +41,13 @@ def _mask(length: int, causal: bool, window: int | None, device: torch.device) -
         before = query - key < reach
         return (key <= query) & before if causal else (key - query < reach) & before
 
-    return create_block_mask(sees, None, None, length, length, device=device)
+    # Compiled, it never holds the mask of all pairs of positions.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(sees, None, None, length, length, device=device)
 
 
+# Its mask is made once, which inside of a graph would be made at every call.
+@torch.compiler.disable
 def flex_attention_of(
     q_BSNH: Tensor,
     k_BSKH: Tensor,
@@ -56,9 +60,14 @@ def flex_attention_of(
     documents: None = None,
     window: int | None = None,
 ) -> Tensor:
-    """FlexAttention with a block mask that is made once for each length. `lengths_B` says nothing to causal rows."""
+    """FlexAttention with a block mask that is made once for each length; a break in a compiled graph.
+
+    `lengths_B` says nothing to causal rows.
+    """
     mask = _mask(q_BSNH.shape[1], causal, window, q_BSNH.device)
     heads_first = (x.transpose(1, 2) for x in (q_BSNH, k_BSKH, v_BSKH))
     grouped = q_BSNH.shape[2] != k_BSKH.shape[2]
-    out: Tensor = _compiled()(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped)
+    # One graph for each shape; past the usual limit it would hold all scores, with a warning only.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        out: Tensor = _compiled()(*heads_first, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -43,12 +43,13 @@ def _architecture(device: torch.device) -> str:
 def times(op: str, situation: Situation) -> Times:
     """The measurement nearest to `situation`: of the same mask, then the nearest head dim, then the nearest length.
 
-    None but for 16-bit tensors on an architecture of the table, and without dropout or windows, which slow down each
-    implementation in its own way.
+    None but for 16-bit tensors on an architecture of the table, and without dropout, windows or a mask for padding,
+    which slow down each implementation in its own way.
     """
     s = situation
     sixteen = s.dtype in (torch.bfloat16, torch.float16)
-    if s.device.type != "cuda" or not sixteen or s.dropout or s.window:
+    masked = s.padded and not s.causal and not s.documents
+    if s.device.type != "cuda" or not sixteen or s.dropout or s.window or masked:
         return _NOTHING
     rows = _table().get(op, {}).get(_architecture(s.device), [])
     rows = [row for row in rows if (row["causal"], row["documents"]) == (s.causal, s.documents)]

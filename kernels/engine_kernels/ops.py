@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from engine_kernels import flash, flex, plain, sdpa
@@ -66,7 +67,10 @@ def attention(
 
     Raises:
         KernelUnavailable: `implementation` cannot run this, with the reason.
+        ValueError: `window` is less than 1.
     """
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: a query sees at least itself, so it is 1 or more")
     situation = Situation(
         q_BSNH.device,
         q_BSNH.dtype,
@@ -94,6 +98,8 @@ def attention(
     return out
 
 
+# Looks for packages and files, which no compiled graph can.
+@torch.compiler.disable
 @cache
 def _chosen(name: str, situation: Situation) -> Choice:
     return choose("attention", name, situation)
@@ -114,7 +120,7 @@ def _triton(op: str) -> Impl:
 register(Impl("attention", "flash_attn_4", flash.four_supports, flash.four_attention))
 register(Impl("attention", "sdpa_cudnn", sdpa.cudnn_supports, cudnn_attention))
 register(Impl("attention", "flash_attn", flash.two_supports, flash.two_attention))
-register(Impl("attention", "sdpa", sdpa.sdpa_supports, sdpa_attention))
+register(Impl("attention", "sdpa", sdpa.sdpa_supports, sdpa_attention, sdpa.sdpa_hesitates))
 register(_triton("attention"))
 register(Impl("attention", "sdpa_flash", sdpa.flash_supports, sdpa.flash_attention))
 register(Impl("attention", "flex", flex.flex_supports, flex.flex_attention_of))

@@ -144,4 +144,6 @@ def choose(op: str, name: str, situation: Situation) -> Choice:
             slower.append((impl.name, reluctant[impl.name]))
         elif fastest is not None and impl.name in measured.us:
             slower.append((impl.name, f"{measured.us[impl.name] / fastest:.2f} times the time {measured.where}"))
+        elif fastest is not None:
+            slower.append((impl.name, "is not measured on this architecture"))
     return Choice(best, tuple(refused), tuple(slower))

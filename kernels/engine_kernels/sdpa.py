@@ -144,7 +144,9 @@ def flash_supports(s: Situation) -> str | None:
         return "needs compute capability 8.0"
     if s.head_dim % 8 or s.head_dim > 256:
         return f"takes head dims that are multiples of 8 up to 256, not {s.head_dim}"
-    if s.padded and not s.causal:
+    if s.head_dim > 192 and torch.cuda.get_device_capability(s.device) not in ((8, 0), (9, 0), (10, 0)):
+        return f"takes head dims up to 192 on this GPU, not {s.head_dim}"
+    if s.padded and not s.causal and not s.documents:
         return "takes no mask for padding"
     if s.window and not s.documents:
         return "slides no window in torch"
@@ -152,6 +154,15 @@ def flash_supports(s: Situation) -> str | None:
         return "adds up gradients in no fixed order"
     if s.documents and (s.dropout or (refusal := varlen_refuses(s.device, s.dtype, s.head_dim)) is not None):
         return "drops no weights inside documents" if s.dropout else refusal
+    return None
+
+
+def sdpa_hesitates(s: Situation) -> str | None:
+    """Why `auto` leaves it to others on a GPU."""
+    if s.device.type == "cuda" and s.window and not s.documents:
+        return "holds a mask of all pairs of positions for a window"
+    if s.device.type == "cuda" and s.documents and s.dropout:
+        return "has a call for every length of a document where weights are dropped"
     return None
 
 

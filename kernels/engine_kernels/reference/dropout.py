@@ -61,7 +61,7 @@ def row_keys(seed: int, site: int, samples_B: Tensor, positions_S: Tensor) -> Te
         positions_S: positions in the whole sequence, any integer dtype.
 
     Returns:
-        int32 (B, S). Under torch.compile `seed` and `site` are constants of the trace.
+        int32 (B, S). Not to be compiled: arithmetic of 64 bits in Python.
     """
     keys_B = _mix(_low_word(samples_B) ^ _word(seed, site, 0))
     keys_B = _mix(keys_B ^ _low_word(samples_B.long() >> 32) ^ _word(seed, site, 1))

@@ -236,6 +236,8 @@ def _backward(
     if dq.numel() == 0:
         return dq, dk, dv
     with _on(q.device):
+        if S * do.stride(1) >= 2**31:
+            do = do.contiguous()
         go = _launch(q, k, (v, do), starts, row_keys, causal, scale, window, p)
         delta, strides = _vectors(q), (q.stride(), k.stride(), v.stride(), do.stride())
         delta_kernel[(triton.cdiv(S, 64), B * N)](

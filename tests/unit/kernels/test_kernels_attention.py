@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine_kernels import ops
 from engine_kernels.ops import AttentionFn, sdpa_attention
 from engine_kernels.reference.attention import attention as reference
 
@@ -108,3 +109,27 @@ def test_causal_means_that_later_keys_and_values_are_not_seen(fn: AttentionFn) -
     before, after = fn(q, k, v, causal=True), fn(q, changed_k, changed_v, causal=True)
     torch.testing.assert_close(after[:, :4], before[:, :4], rtol=0, atol=1e-6)
     assert ((after - before)[:, 4:].abs().amax(dim=(0, 2, 3)) > 0.1).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, [7, 30]])
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_windows_are_those_of_the_reference(window: int, lengths: list[int] | None, causal: bool) -> None:
+    q, k, v, _ = inputs(41, 3, torch.float64)
+    lengths_B = None if lengths is None else torch.tensor(lengths)
+    options = {"causal": causal, "window": window, "lengths_B": lengths_B}
+    found, expected = (fn(q, k, v, **options) for fn in (ops.attention, reference))  # type: ignore[operator]
+    assert found.isfinite().all() and expected.isfinite().all()
+    real = [slice(None, None if lengths is None else lengths[row]) for row in range(B)]
+    for row in range(B):
+        torch.testing.assert_close(found[row, real[row]], expected[row, real[row]], rtol=0, atol=1e-12)
+    far = k.clone()
+    far[:, 0] = 50.0
+    moved = reference(q, far, v, **options)  # type: ignore[arg-type]
+    assert torch.equal(moved[:, window:20], expected[:, window:20])
+
+
+def test_a_window_of_nothing_is_refused() -> None:
+    q, k, v, _ = inputs(7, 3, torch.float32)
+    with pytest.raises(ValueError, match="window is 0: a query sees at least itself, so it is 1 or more"):
+        ops.attention(q, k, v, causal=True, window=0)

@@ -89,9 +89,13 @@ def test_an_architecture_or_an_operation_that_was_not_measured(monkeypatch: pyte
 def test_the_quickest_is_taken_and_the_others_get_their_times() -> None:
     choice = choose("toy", "auto", replace(HERE, length=1024))
     assert choice.impl.name == "fast"
-    assert choice.slower == (("plain", "2.00 times the time on H200 at head dim 128, length 1024"),)
+    assert choice.slower == (
+        ("plain", "2.00 times the time on H200 at head dim 128, length 1024"),
+        ("new", "is not measured on this architecture"),
+    )
     assert str(choose("toy", "auto", HERE)) == (
-        "toy: plain; not fast: 2.00 times the time on H200 at head dim 128, length 8192"
+        "toy: plain; not fast: 2.00 times the time on H200 at head dim 128, length 8192; "
+        "not new: is not measured on this architecture"
     )
 
 

@@ -248,3 +248,31 @@ def test_cudnn_is_passed_over_for_documents_and_refused_when_asked_for(monkeypat
     assert ("sdpa_cudnn", reason) in choice.refused
     with pytest.raises(KernelUnavailable, match=rf"attention=sdpa_cudnn cannot run here \(sdpa_cudnn: {reason}\)"):
         choose("attention", "sdpa_cudnn", packed)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"window": True}, "holds a mask of all pairs of positions for a window"),
+        ({"documents": True, "dropout": True}, "has a call for every length of a document where weights are dropped"),
+    ],
+)
+def test_auto_leaves_sdpa_where_it_would_hold_or_do_too_much(change: dict[str, Any], reason: str) -> None:
+    choice = choose("attention", "auto", replace(GPU, **change))
+    assert choice.impl.name == "triton"
+    assert dict(choice.slower)["sdpa"] == reason
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_is_not_measured_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"head_dim": 64, "length": 4096, "causal": True, "documents": False, "hardware": "a GPU"}
+    table = {"attention": {"sm90": [row | {"forward_backward_us": {"triton": 1.0, "sdpa": 2.0}}]}}
+    monkeypatch.setattr("engine_kernels.measured._table", lambda: table)
+    monkeypatch.setattr("engine_kernels.measured._architecture", lambda device: "sm90")
+    choice = choose("attention", "auto", GPU)
+    assert choice.impl.name == "triton"
+    assert dict(choice.slower)["sdpa_cudnn"] == "is not measured on this architecture"
+    assert dict(choice.slower)["sdpa"].startswith("2.00 times the time on a GPU")
+    # A mask for padding slows down each in its own way, so nothing measured speaks for it.
+    assert choose("attention", "auto", replace(GPU, causal=False, padded=True)).impl.name == "sdpa_cudnn"

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.dist.context import SINGLE, AxisGroup, ParallelContext
 from engine.model.batch import IGNORE, Batch, Documents
 from engine.model.feed import Feed, count_targets, make_feed
+from engine_kernels.ops import AttentionDropout
 from tests.helpers.models import BERT, GPT2, batch_of
 from tests.helpers.threads import context_of, on_axis
 
@@ -104,3 +106,19 @@ def test_a_batch_moves_as_a_whole() -> None:
     for field in set(Batch.__slots__) - {"documents"}:
         assert getattr(batch, field).device.type == "meta", field
     assert batch_of(GPT2).to(torch.device("meta")).lengths_B is None
+
+
+@pytest.mark.slow
+def test_keys_of_attention_are_the_same_in_compiled_blocks() -> None:
+    """Blocks share their code, so that the second one's site is a symbol to the compiler."""
+    feed = cut(batch_of(GPT2, B, S))
+
+    @torch.compile
+    def block(x: Tensor, drop: AttentionDropout) -> Tensor:
+        return x.int() + drop.keys()
+
+    for site in (1, 2, 3):
+        drop = feed.attention_dropout(0.1, site, 1, 4)
+        keys = drop.keys()
+        assert keys[:, 0].ne(keys[:, 1]).any()
+        assert torch.equal(block(torch.zeros(keys.shape), drop), keys)
