@@ -10,6 +10,9 @@ JOBS ?= 2
 # With eight ranks at a time, these tests need the machine for themselves.
 EIGHT := tests/docs tests/ranks/test_parity.py
 
+# Unit tests have run by then; Triton decides for a whole process whether it interprets.
+ALONE := tests/unit tests/kernels
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -52,7 +55,8 @@ check: $(READY) ## lint, types, import rules, unit tests
 	echo "check: all passed in $$(($$(date +%s) - start)) s"
 
 test: check slurm ## check, then the tests that start ranks and the documentation's commands
-	@$(BIN)/python -m pytest tests -q -m "not gpu" --ignore=tests/unit $(EIGHT:%=--ignore=%) -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest tests/kernels -q -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest tests -q -m "not gpu" $(ALONE:%=--ignore=%) $(EIGHT:%=--ignore=%) -n $(JOBS) --dist loadfile
 	@$(BIN)/python -m pytest $(EIGHT) -q
 
 test-slurm: $(READY) slurm ## run the batch scripts on a Slurm of this machine (needs root; installs Debian's)
