@@ -42,7 +42,7 @@ class Chosen:
         return kernels_of({choice.impl.op: choice for choice in self.choices.values()})
 
     def lines(self, device: torch.device) -> Iterator[str]:
-        """For people: on a GPU why the others were passed over, a line for all options of which the same is said."""
+        """For people: on a GPU why the others were passed over, a line for neighbours of which the same is said."""
         if device.type != "cuda":
             yield "kernels: " + ", ".join(f"{option} {choice.impl.name}" for option, choice in self.choices.items())
             return
