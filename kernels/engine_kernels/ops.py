@@ -58,8 +58,7 @@ def attention(
         k_BSKH, v_BSKH: keys and values, (B, S, K, H); K divides N.
         causal: a position sees itself and what comes before.
         scale: factor of the scores. None: 1 / sqrt(H).
-        lengths_B: positions of each row before its padding, integers; None: no padding. Outputs of padded queries are
-            finite and mean nothing.
+        lengths_B: positions of each row before its padding, integers; outputs of padded queries mean nothing.
         dropout: how weights are dropped; None: not at all.
         documents: a position sees its own document only; None: its row. `lengths_B` then says nothing more.
         window: a position sees keys less than this many positions away, itself among them; None: all.

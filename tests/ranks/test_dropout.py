@@ -15,7 +15,7 @@ from engine.model import block
 from engine.model.batch import Batch
 from engine.model.feed import make_feed
 from engine.topology.grid import Grid
-from engine_kernels.ops import AttentionDropout, dropout
+from engine_kernels.ops import AttentionDropout, Kernels, dropout
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -47,8 +47,9 @@ def masks(sequence: bool) -> tuple[list[Tensor], Tensor]:
         heads.append(kept_weights(dropout))
         return q
 
+    kernels = Kernels(attention=attention_spy)
     wiring = block.Wiring(
-        tp=ctx.tp, cp=ctx.cp, sequence=sequence, attention=attention_spy, rotary=None, recompute_attention=False
+        tp=ctx.tp, cp=ctx.cp, sequence=sequence, kernels=kernels, rotary=None, recompute_attention=False
     )
     module = block.Block(MODEL, wiring)
     for parameter in module.parameters():
