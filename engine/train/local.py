@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import FrameType
 
 import torch
@@ -87,11 +86,22 @@ def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -
     0 when all end well, 75 when some have saved and stopped, else that of the first that fails, or 128 and its signal.
     """
     sys.stdout.flush()
-    ranks = [subprocess.Popen(words, env=env, preexec_fn=die_with(os.getpid())) for env in environments]
-    before = {number: signal.signal(number, partial(_forward, ranks)) for number in (*FORWARDED, signal.SIGINT)}
-    if early.received is not None:
-        _forward(ranks, early.received, None)
+    ranks: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        _forward(ranks, number, frame)
+
+    # Before the first rank starts: it may be quick to say that it runs, and be answered with a signal.
+    before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}
     try:
+        for env in environments:
+            ranks.append(subprocess.Popen(words, env=env, preexec_fn=die_with(os.getpid())))
+            for number in came:
+                _forward(ranks[-1:], number, None)
+        if early.received is not None:
+            _forward(ranks, early.received, None)
         return _watch(ranks)
     finally:
         for number, handler in before.items():
