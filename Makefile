@@ -13,6 +13,9 @@ EIGHT := tests/docs tests/ranks/test_parity.py
 # Unit tests have run by then; Triton decides for a whole process whether it interprets.
 ALONE := tests/unit tests/kernels
 
+# One round of the step benchmarks in their smallest size; the second case has two ranks.
+BENCH = --quick --rounds 1 --commit $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -21,7 +24,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt pyproject.toml | cksum | cu
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check test test-slurm slurm chaos clean
+.PHONY: help setup train check test test-slurm slurm chaos bench-cpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,6 +73,12 @@ slurm:
 
 chaos: $(READY) slurm ## SIGTERM at 20 random moments under each launcher (about an hour)
 	@OCTANT_CHAOS=20 $(BIN)/python -m pytest tests/ranks/test_signals.py -q -n $(JOBS) --dist load
+
+bench-cpu: $(READY) ## run the harness of step times end to end on tiny shapes: that all runs, not how fast
+	@rm -rf runs/bench_cpu
+	@$(BIN)/python -m benchmarks.step.run runs/bench_cpu $(BENCH) --case gpt_1_3b_accum8 --systems octant,plain,hf
+	@$(BIN)/python -m benchmarks.step.run runs/bench_cpu $(BENCH) --case tp2_llama_8b --systems octant,hf_deepspeed,megatron
+	@$(BIN)/python -m benchmarks.step.report runs/bench_cpu
 
 clean: ## remove runs, caches and build results (ALL=1: .venv too)
 	@rm -rf runs multirun build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,32 @@ def main(argv: list[str]) -> None:
     for place in options.places.split(","):
         words = [*WORDS, f"train.steps={options.steps}", f"zero.offload_optimizer={place}", *overrides]
         start = time.perf_counter()
-        found = _run(words, options.out)
+        try:
+            found = in_process(words, options.out)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{error}:\n{error.output}") from None
         entries = _rows(load(words), words, found, hardware, options.commit)
         append(options.out / "rows.jsonl", entries)
         print(f"{place}: {time.perf_counter() - start:.0f} s in all", flush=True)
 
 
-def _run(words: list[str], out: Path) -> dict[str, Any]:
+def in_process(
+    words: list[str], out: Path, timeout_s: float | None = None, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What `benchmarks.memory.measure` finds for `words`, in a process of its own that logs into `out`.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; a negative code is a signal. The kernel kills with 9 when host memory
+            runs out. With the end of the log.
+        subprocess.TimeoutExpired: it took longer than `timeout_s`.
+    """
     target, log = out / "measure.json", out / "measure.log"
     target.unlink(missing_ok=True)
     with log.open("a") as file:
         command = [sys.executable, "-m", "benchmarks.memory.measure", str(target), *words]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, timeout=timeout_s, env=env)
     if done.returncode or not target.exists():
-        # A negative code is a signal: the kernel kills with 9 when host memory runs out.
-        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{log.read_text()[-6000:]}")
+        raise subprocess.CalledProcessError(done.returncode, command, output=log.read_text()[-6000:])
     found: dict[str, Any] = json.loads(target.read_text())
     return found
 

@@ -109,26 +109,31 @@ def beyond_transformers(cfg: Config) -> list[str]:
 
 def octant(words: list[str], out: Path, family: str) -> Curves:
     """Run `engine.train` as a user does, from the weights that transformers drew."""
+    initial = f"checkpoint.initial_weights={out / f'{family}-initial'}"
+    lines = train([*words, initial, "train.eval_batches=0"], out, family)
+    return Curves(*([float(line[name]) for line in lines] for name in ("loss", "grad_norm", "lr")))
+
+
+def train(words: list[str], out: Path, name: str) -> list[dict[str, Any]]:
+    """Run `engine.train` with `words` as `out/runs/name`, which keeps no weights; the lines of its metrics.jsonl."""
     arguments = [
         *words,
         f"run.dir={out / 'runs'}",
-        f"run.name={family}",
+        f"run.name={name}",
         "run.overwrite=true",
-        f"checkpoint.initial_weights={out / f'{family}-initial'}",
         "checkpoint.save_final=false",
-        "train.eval_batches=0",
         "logging.every=1",
         "logging.plot=false",
     ]
-    log = out / f"{family}.log"
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / f"{name}.log"
     with log.open("w") as file:
         done = subprocess.run(
             [sys.executable, "-m", "engine.train", *arguments], stdout=file, stderr=subprocess.STDOUT, check=False
         )
     if done.returncode:
         raise SystemExit(f"engine.train {' '.join(arguments)} failed:\n{log.read_text()[-6000:]}")
-    lines = [json.loads(line) for line in (out / "runs" / family / "metrics.jsonl").read_text().splitlines()]
-    return Curves(*([float(line[name]) for line in lines] for name in ("loss", "grad_norm", "lr")))
+    return [json.loads(line) for line in (out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def require_equal_rates(ours: Curves, theirs: Curves) -> None:

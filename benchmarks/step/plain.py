@@ -1,93 +1,66 @@
-"""The plain PyTorch loop that Octant is measured against: same model, same random tokens, no DeepSpeed.
+"""The plain PyTorch loop that Octant is measured against: same model, same weights, same tokens, no DeepSpeed.
 
-python -m benchmarks.step.plain OUT.json [--profile FOLDER] [overrides of engine.train]
+python -m benchmarks.step.plain OUT.json [--variant blocks|whole] [options of benchmarks.step.loop] [overrides]
 
-bf16 weights and bf16 optimizer moments, blocks and loss compiled, torch's fused AdamW, clipping by torch's
-`clip_grad_norm_`: what one would write by hand for a single GPU.
+Weights, gradients and both moments in `precision.dtype`, torch's fused AdamW, torch's clipping, gradients added up in
+place; blocks and loss compiled, or model and loss as one graph. What one would write by hand for one GPU, with the
+kernels that `engine.train` takes there; several GPUs hold a replica each.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Iterable
-from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.config.load import load
+from benchmarks.step.loop import Step, TorchLoop, main
+from engine.config.derived import width_ratio
+from engine.config.enums import Switch
 from engine.config.schema import Config
-from engine.data import open_data
 from engine.dist.context import ParallelContext
-from engine.dist.init import local_device, resolve_device_type
-from engine.model.batch import Batch
+from engine.dist.init import DTYPES
 from engine.model.build import build_layers, build_loss
+from engine.model.feed import Feed
 from engine.model.layers import build_stacks, random_weights
 from engine.optim.groups import build_optimizer
-from engine.optim.schedule import learning_rate, set_learning_rate
-from engine.runtime.compile import compile_parts, wants_compile
-from engine.runtime.steps import make_feeds
-from engine.train.hooks import Profile
+from engine.runtime.compile import compile_parts
+from engine.runtime.steps import make_feeds, recomputation
 from engine.train.kernels import choose_kernels
 
 
-class PlainLoop:
-    """One GPU, one process."""
+class _Shares(nn.Module):
+    """A feed in, a share of the loss out."""
 
-    def __init__(self, cfg: Config, device: torch.device) -> None:
-        ctx = ParallelContext.single(device)
-        layers = build_layers(cfg, ctx, choose_kernels(cfg, device).kernels)
-        (model,) = build_stacks(layers, [(0, len(layers))], random_weights(cfg.train.seed), tp=ctx.tp)
-        self._model = model.to(device, torch.bfloat16)
-        self._loss = build_loss(cfg, ctx)
-        if wants_compile(cfg, device):
-            compile_parts(self._model, self._loss)
-        self._optimizer = build_optimizer(self._model.parameters(), cfg.optim, ctx)
-        self._cfg, self._ctx = cfg, ctx
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
 
-    def step(self, batches: Iterable[Batch], lr: float) -> Tensor:
-        """One optimizer step; the mean loss, on the device."""
-        set_learning_rate(self._optimizer, lr)
-        total = torch.zeros((), device=self._ctx.device)
-        for feed in make_feeds(batches, self._cfg, self._ctx):
-            loss = self._loss(self._model(None, feed), feed)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.optim.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return total
+    def forward(self, feed: Feed) -> Tensor:
+        share: Tensor = self.loss(self.model(None, feed), feed)
+        return share
 
 
-def main(argv: list[str]) -> None:
-    """Time every step and write seconds, losses and peak memory as JSON."""
-    out, rest = Path(argv[0]), argv[1:]
-    folder = Path(rest[rest.index("--profile") + 1]) if "--profile" in rest else None
-    cfg = load([word for word in rest if word != "--profile" and word != str(folder)])
-    device = local_device(resolve_device_type(cfg.train.device), 0)
-    train = cfg.train
-    loop, split = PlainLoop(cfg, device), open_data(cfg.data, cfg.model).train
-    profile = Profile(cfg, folder) if folder is not None else None
-    seconds, losses = [], []
-    for step in range(train.steps):
-        start = time.perf_counter()
-        batches = split.micro_batches(
-            step * train.micro_batch * train.accum_steps,
-            dp_rank=0,
-            dp=1,
-            micro_batch=train.micro_batch,
-            accum_steps=train.accum_steps,
-        )
-        loss = loop.step(batches, learning_rate(cfg.optim, step, train.steps))
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-        if profile is not None:
-            profile.after_finished_step(step + 1)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    out.write_text(json.dumps({"step_s": seconds, "losses": losses, "peak_memory_gib": peak}))
+def make(cfg: Config, ctx: ParallelContext, variant: str) -> Step:
+    """The loop of one rank; `variant` as in the command."""
+    layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
+    dtype = DTYPES[cfg.precision.dtype]
+    (model,) = build_stacks(
+        layers,
+        [(0, len(layers))],
+        random_weights(cfg.train.seed),
+        tp=ctx.tp,
+        **recomputation(cfg),
+        convert=lambda module: module.to(ctx.device, dtype),
+    )
+    optimizer = build_optimizer(model.parameters(), cfg.optim, ctx, width_ratio=width_ratio(cfg.model))
+    module = _Shares(model, build_loss(cfg, ctx))
+    wanted = cfg.kernels.compile is Switch.on or (cfg.kernels.compile is Switch.auto and ctx.device.type == "cuda")
+    if wanted and variant == "whole":
+        module.compile()
+    elif wanted:
+        compile_parts(model, module.loss)
+    return TorchLoop(module, optimizer, lambda batches: make_feeds(batches, cfg, ctx), cfg, ctx)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], make)
