@@ -23,16 +23,15 @@ from engine.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    PrecisionConfig,
     ProfileConfig,
     RunConfig,
     RuntimeConfig,
-    TrainingConfig,
     ZeroConfig,
 )
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
 from engine.config.schema_kernels import KernelsConfig
+from engine.config.schema_training import PrecisionConfig, TrainingConfig
 
 __all__ = [
     "Activation",

@@ -69,8 +69,11 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "train.steps",
         "train.micro_batch",
         "train.accum_steps",
+        "train.global_batch",
+        "train.micro_batch_limit",
         "train.cpu_threads",
         "train.recompute_interval",
+        "train.tile_tokens",
         "precision.scale_window",
         "checkpoint.keep_last",
         "launch.nodes",
@@ -86,6 +89,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
     _NOT_NEGATIVE: (
         "model.token_types",
         "data.seed",
+        "precision.fp8_bf16_ends",
         "data.overlap",
         "data.prefetch",
         "optim.weight_decay",
@@ -103,6 +107,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "launch.slurm.warn_s",
         "launch.kubernetes.grace_s",
         "launch.kubernetes.retries",
+        "hardware.margin_gib",
         "profile.start",
         "profile.steps",
         "search.fine_trials",
@@ -118,6 +123,11 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "precision.loss_scale",
         "train.timeout_s",
         "data.wait_s",
+        "hardware.memory_gib",
+        "hardware.bf16_tflops",
+        "hardware.memory_gb_s",
+        "hardware.link_gb_s",
+        "hardware.host_memory_gib",
     ),
     _SHARE: (
         "model.dropout",
@@ -144,12 +154,12 @@ RANGES: dict[Range, tuple[str, ...]] = {
 
 
 def bound_violations(cfg: Config) -> list[Violation]:
-    """Every number outside its range. Options that are None are not checked."""
+    """Every number outside its range. Options that are None, or a word in place of a number, are not checked."""
     found = []
     for legal, paths in RANGES.items():
         for path in paths:
             value = attrgetter(path)(cfg)
-            if value is not None and not legal.holds(value):
+            if value is not None and not isinstance(value, str) and not legal.holds(value):
                 way_out = legal.nearest(value, path)
                 found.append(Violation(code=301, option=path, value=value, rule=f"must be {legal}", way_out=way_out))
     return found

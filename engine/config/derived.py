@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.enums import Family, PipelineSchedule
+from engine.config.enums import Activation, Family, Fp8, PipelineSchedule
 from engine.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 
 
@@ -74,6 +74,37 @@ def attention_scale(model: ModelConfig) -> float:
     """Factor of query times key: 1/sqrt(head_dim), with muP 1/head_dim (arXiv 2203.03466, definition 4.1)."""
     width = head_dim(model)
     return float(width**-0.5) if model.mup_base_width is None else 1.0 / width
+
+
+FP8_MULTIPLE = 16
+"""Sizes of the slice of a weight that tensor cores take in fp8: rows of 16 bytes."""
+
+
+def block_linears(model: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of this tensor-parallel rank's slice of each linear of a block."""
+    hidden, inner = model.hidden_size, ffn_size(model)
+    query, key_value = model.num_heads * head_dim(model), kv_heads(model) * head_dim(model)
+    fused = 2 if model.activation is Activation.swiglu else 1
+    return {
+        "attention.qkv": ((query + 2 * key_value) // tp, hidden),
+        "attention.out": (hidden, query // tp),
+        "mlp.up": (fused * inner // tp, hidden),
+        "mlp.down": (hidden, inner // tp),
+    }
+
+
+def fp8_linears(cfg: Config) -> frozenset[str]:
+    """The linears of a block that multiply in fp8, by their names in `block_linears`."""
+    if cfg.precision.fp8 is Fp8.none:
+        return frozenset()
+    sizes = block_linears(cfg.model, cfg.parallel.tp).items()
+    return frozenset(name for name, shape in sizes if not any(size % FP8_MULTIPLE for size in shape))
+
+
+def in_fp8(cfg: Config, block: int) -> bool:
+    """Whether block number `block`, from 0, has linears in fp8."""
+    ends = cfg.precision.fp8_bf16_ends
+    return cfg.precision.fp8 is not Fp8.none and ends <= block < cfg.model.num_layers - ends
 
 
 def sequence_multiple(parallel: ParallelConfig) -> int:

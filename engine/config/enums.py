@@ -50,6 +50,13 @@ class DType(StrEnum):
     fp16 = "fp16"
 
 
+class Fp8(StrEnum):
+    """`tensorwise`: the blocks' linears multiply in fp8, each tensor scaled by its largest magnitude of the moment."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+
+
 class OptimizerName(StrEnum):
     """Update rule. All but adamw, lion and sgd look at whole matrices, in every layout at the logical ones."""
 
@@ -71,6 +78,18 @@ class ScheduleName(StrEnum):
     wsd = "wsd"
 
 
+class TpOverlap(StrEnum):
+    """How collectives of tensor-parallel layers run: one after the other with the products, or beside them.
+
+    `chunked` with NCCL, `symmetric` with copy engines through memory that GPUs of one host map of each other.
+    """
+
+    auto = "auto"
+    none = "none"
+    chunked = "chunked"
+    symmetric = "symmetric"
+
+
 class PipelineSchedule(StrEnum):
     """Order of the forward and backward passes of a step on the pipeline's stages."""
 
@@ -79,12 +98,31 @@ class PipelineSchedule(StrEnum):
     dualpipev = "dualpipev"
 
 
+class PipelineTransport(StrEnum):
+    """How messages travel between pipeline stages: by NCCL's sends and receives (on CPUs gloo's), or by copy engines.
+
+    Copy engines move them between GPUs of one host and take no multiprocessors, also while a message waits.
+    """
+
+    auto = "auto"
+    nccl = "nccl"
+    copy_engine = "copy_engine"
+
+
 class Recompute(StrEnum):
     """Activations that are computed again in the backward pass: none, the attention core's, or whole blocks'."""
 
     none = "none"
     selective = "selective"
     full = "full"
+
+
+class Tiles(StrEnum):
+    """What a block computes tile by tile: nothing, the feed-forward with its norm, or all but the attention core."""
+
+    none = "none"
+    mlp = "mlp"
+    block = "block"
 
 
 class Offload(StrEnum):
@@ -154,6 +192,14 @@ class Kernel(StrEnum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
+
+
+class Fp8Kernel(StrEnum):
+    """Who multiplies in fp8: tensor cores, or fp32 arithmetic on numbers rounded to fp8, which is slow."""
+
+    auto = "auto"
+    scaled_mm = "scaled_mm"
+    emulated = "emulated"
 
 
 class WandbMode(StrEnum):

@@ -140,9 +140,9 @@ def from_dict(content: object, where: str) -> Config:
 
 def config_hash(cfg: Config) -> str:
     """16 hex digits that are equal for equal training runs: sha256 of canonical JSON, without `run`, `logging`,
-    `launch` and `search`.
+    `launch`, `search` and `hardware`.
     """
-    apart = ("run", "logging", "launch", "search")
+    apart = ("run", "logging", "launch", "search", "hardware")
     content = {name: section for name, section in to_dict(cfg).items() if name not in apart}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,7 +13,16 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from engine.config import schema, schema_checkpoint, schema_data, schema_kernels, schema_launch, schema_search
+from engine.config import (
+    schema,
+    schema_checkpoint,
+    schema_data,
+    schema_hardware,
+    schema_kernels,
+    schema_launch,
+    schema_search,
+    schema_training,
+)
 from engine.config.schema import Config
 from engine.errors import nearest
 
@@ -36,6 +45,8 @@ class Option:
         """The expected type in words, such as `an integer or null`."""
         names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
         inner = [kind for kind in _union(self.kind) if kind is not type(None)][0]
+        if inner is Any:
+            return "an integer or auto"
         if inner in names:
             text = names[inner]
         elif isinstance(inner, type) and issubclass(inner, Enum):
@@ -112,7 +123,16 @@ def is_missing(option: Option) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string that follows the field in the source; Python itself does not keep it."""
     found = {}
-    modules = (schema, schema_checkpoint, schema_data, schema_kernels, schema_launch, schema_search)
+    modules = (
+        schema,
+        schema_checkpoint,
+        schema_data,
+        schema_hardware,
+        schema_kernels,
+        schema_launch,
+        schema_search,
+        schema_training,
+    )
     sources = [inspect.getsource(module) for module in modules]
     for node in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(node, ast.ClassDef):

@@ -5,12 +5,14 @@ Codes 2xx: degrees against the world and against the model. Codes 3xx: model, da
 
 from __future__ import annotations
 
+from engine.config.batch import batch_violations, settle
 from engine.config.bounds import bound_violations
 from engine.config.layout import layout_violations
 from engine.config.rules_data import sample_violations
 from engine.config.rules_memory import memory_violations, zero_violations
 from engine.config.rules_model import data_violations, loss_violations, model_violations
 from engine.config.rules_parallel import RELATED, cut_violations, fits, schedule_violations
+from engine.config.rules_precision import fp8_violations
 from engine.config.rules_run import extra_violations, optim_violations, run_violations, state_violations
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
@@ -26,8 +28,10 @@ def require(cfg: Config, world_size: int) -> None:
 def check(cfg: Config, world_size: int) -> list[Violation]:
     """Every broken rule of `cfg` on `world_size` ranks; none when it can run.
 
-    A rule that relates numbers is not tried on numbers that are themselves out of range.
+    The batch is settled first: see `batch.settle`. A rule that relates numbers is not tried on numbers that are
+    themselves out of range.
     """
+    settle(cfg, world_size)
     bounds = bound_violations(cfg)
     bad = {violation.option for violation in bounds}
     sane_model = not any(option.startswith("model.") for option in bad)
@@ -47,7 +51,9 @@ def check(cfg: Config, world_size: int) -> list[Violation]:
         *sample_violations(cfg),
         *optim_violations(cfg),
         *memory_violations(cfg),
+        *fp8_violations(cfg, sized=degrees and related),
         *loss_violations(cfg),
+        *(batch_violations(cfg, world_size) if degrees else []),
         *run_violations(cfg),
         *state_violations(cfg),
         *extra_violations(cfg),

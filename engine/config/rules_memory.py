@@ -1,4 +1,4 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 357..359)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 357..359, 379)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def zero_violations(cfg: Config, world_size: int, fits: Fits | None) -> list[Vio
 
 
 def memory_violations(cfg: Config) -> list[Violation]:
-    """Number formats and compilation (314..316), what is offloaded (317, 340..344) and how (346..349)."""
+    """Number formats and compilation (314..316, 359, 379), what is offloaded (317, 340..344) and how (346..349)."""
     return [
         Violation(code=code, option=option, value=value, rule=rule, way_out=way_out)
         for broken, code, option, value, rule, way_out in (*_formats(cfg), *_offload(cfg), *_strategy(cfg))
@@ -79,7 +79,25 @@ def _formats(cfg: Config) -> list[_Row]:
             f"gradients of a {dtype} model are added up in {'bf16 or ' if dtype is DType.bf16 else ''}fp32",
             "Use precision.grad_accum=fp32",
         ),
+        *_states(cfg),
     ]
+
+
+def _states(cfg: Config) -> list[_Row]:
+    """bf16 weights that are their own masters (379)."""
+    states, dtype = cfg.precision.states, cfg.precision.dtype
+    needs = {
+        f"precision.dtype={dtype}": dtype is DType.bf16,
+        f"zero.stage={cfg.zero.stage}": cfg.zero.stage == 1,
+        f"optim.name={cfg.optim.name}": cfg.optim.name is OptimizerName.adamw,
+        f"zero.offload_optimizer={cfg.zero.offload_optimizer}": cfg.zero.offload_optimizer is Offload.none,
+    }
+    wrong = [name for name, fits in needs.items() if not fits]
+    rule = f"bf16 states are AdamW's at ZeRO-1 of a bf16 model on its device, and here is {', '.join(wrong)}"
+    if states is DType.fp16:
+        rule = "master weights and moments are fp32 or bf16; fp16 would lose small moments"
+    broken = states is DType.fp16 or (states is DType.bf16 and bool(wrong))
+    return [(broken, 379, "precision.states", states, rule, "Use precision.states=fp32")]
 
 
 def _offload(cfg: Config) -> list[_Row]:

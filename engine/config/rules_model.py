@@ -157,16 +157,38 @@ def data_violations(cfg: Config) -> list[Violation]:
 
 
 def loss_violations(cfg: Config) -> list[Violation]:
-    """Groups of recomputed blocks need whole blocks (350)."""
-    interval, recompute = cfg.train.recompute_interval, cfg.train.recompute
-    if interval <= 1 or recompute is Recompute.full:
-        return []
+    """Groups of recomputed blocks need whole blocks (350), nested ones several (394), and checkpoints groups (395)."""
+    train = cfg.train
+    interval, recompute = train.recompute_interval, train.recompute
+    whole = recompute is Recompute.full
+    table = [
+        (
+            interval > 1 and not whole,
+            350,
+            "train.recompute_interval",
+            interval,
+            f"only whole blocks are recomputed in groups, and train.recompute is {recompute}",
+            "Use train.recompute_interval=1, or train.recompute=full",
+        ),
+        (
+            train.recompute_nested and not (whole and interval > 1),
+            394,
+            "train.recompute_nested",
+            True,
+            f"it takes groups of at least 2 blocks apart, and train.recompute is {recompute} with groups of {interval}",
+            "Use train.recompute_nested=false, or 'train.recompute=full train.recompute_interval=2'",
+        ),
+        (
+            train.recompute_offload and not whole,
+            395,
+            "train.recompute_offload",
+            True,
+            f"the inputs of recomputed blocks go to host memory, and train.recompute is {recompute}",
+            "Use train.recompute_offload=false, or train.recompute=full",
+        ),
+    ]
     return [
-        Violation(
-            code=350,
-            option="train.recompute_interval",
-            value=interval,
-            rule=f"only whole blocks are recomputed in groups, and train.recompute is {recompute}",
-            way_out="Use train.recompute_interval=1, or train.recompute=full",
-        )
+        Violation(code=code, option=option, value=value, rule=rule, way_out=way_out)
+        for broken, code, option, value, rule, way_out in table
+        if broken
     ]

@@ -1,11 +1,11 @@
-"""Rules between the layout, the model and the pipeline schedule (codes 204..207, 221..229)."""
+"""Rules between the layout, the model and the pipeline schedule (codes 204..207, 221..231)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from engine.config.derived import ffn_size, kv_heads, parts_per_rank, sequence_multiple
-from engine.config.enums import PipelineSchedule
+from engine.config.enums import Device, PipelineSchedule, PipelineTransport, TpOverlap
 from engine.config.layout import Fits, legal_tp, nearest_layouts
 from engine.config.schema import Config, ModelConfig, ParallelConfig
 from engine.errors import Violation
@@ -71,9 +71,9 @@ def _broken(table: Iterable[_Row]) -> list[Violation]:
 
 
 def cut_violations(cfg: Config, world_size: int) -> list[Violation]:
-    """Heads, feed-forward, blocks and positions are cut evenly (204..207, 221..222, 229)."""
+    """Heads, feed-forward, blocks and positions are cut evenly (204..207, 221..222, 229); 230, 231: of GPUs only."""
     near = nearest_layouts(cfg.parallel, world_size, fits(cfg))
-    return _broken([*_tensor_and_pipeline(cfg, near), *_sequence_and_context(cfg, near)])
+    return _broken([*_tensor_and_pipeline(cfg, near), *_sequence_and_context(cfg, near), *_copy_engines(cfg)])
 
 
 def _tensor_and_pipeline(cfg: Config, near: str) -> list[_Row]:
@@ -142,6 +142,30 @@ def _sequence_and_context(cfg: Config, near: str) -> list[_Row]:
             f"of context({cp}) and the {kv // tp} key/value heads of a tp rank neither divides the other: heads are "
             "shared out, or repeated, evenly",
             f"Nearest legal: {near}",
+        ),
+    ]
+
+
+def _copy_engines(cfg: Config) -> list[_Row]:
+    """Rules 230 and 231."""
+    parallel, cpu, why = cfg.parallel, cfg.train.device is Device.cpu, "copy engines are GPUs', and train.device is cpu"
+    copies = parallel.pipeline_transport is PipelineTransport.copy_engine
+    return [
+        (
+            cpu and parallel.tp_overlap is TpOverlap.symmetric,
+            230,
+            "parallel.tp_overlap",
+            "symmetric",
+            why,
+            "Use parallel.tp_overlap=auto",
+        ),
+        (
+            cpu and copies,
+            231,
+            "parallel.pipeline_transport",
+            "copy_engine",
+            why,
+            "Use parallel.pipeline_transport=auto",
         ),
     ]
 

@@ -13,25 +13,26 @@ from omegaconf import MISSING
 from engine.config.enums import (
     Activation,
     Balance,
-    Device,
-    DType,
     Family,
     Norm,
     Offload,
     OffloadStrategy,
     OptimizerName,
     PipelineSchedule,
+    PipelineTransport,
     Positions,
-    Recompute,
     ScheduleName,
     SentenceHead,
+    TpOverlap,
     WandbMode,
 )
 from engine.config.schema_checkpoint import CheckpointConfig
 from engine.config.schema_data import DataConfig
+from engine.config.schema_hardware import HardwareConfig
 from engine.config.schema_kernels import KernelsConfig
 from engine.config.schema_launch import LaunchConfig
 from engine.config.schema_search import SearchConfig
+from engine.config.schema_training import PrecisionConfig, TrainingConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,9 +107,13 @@ class ParallelConfig:
     sequence: bool = False
     """Megatron's sequence parallelism (arXiv 2205.05198, section 4.2.2): outside the tensor-parallel layers each tp
     rank holds 1/tp of the positions. Saves activations at equal traffic."""
+    tp_overlap: TpOverlap = TpOverlap.auto
+    """Collectives of tensor-parallel layers beside their products. auto: chunked on GPUs, none on CPUs."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     virtual_stages: int = 1
     """Parts of the model on one pipeline rank when `schedule` is interleaved (arXiv 2104.04473, section 2.2)."""
+    pipeline_transport: PipelineTransport = PipelineTransport.auto
+    """How messages between stages travel. auto: nccl."""
     balance: Balance = Balance.parameters
     """Cost that the pipeline stages share evenly."""
 
@@ -120,10 +125,9 @@ class ZeroConfig:
     stage: int = 1
     """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Pipelines allow 0 to 2."""
     bucket_elements: int = 200_000_000
-    """Elements in one collective of the ZeRO optimizers. In bf16 with fp32 accumulation at stage 1 DeepSpeed reduces in
-    buckets of its own, and only the gathering of weights follows this."""
+    """Elements in one collective of the ZeRO optimizers."""
     overlap_comm: bool = True
-    """Reduce buckets while the backward pass goes on (GPUs, pp=1; not in bf16 with fp32 accumulation at stage 1)."""
+    """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
     offload_optimizer: Offload = Offload.none
     """Keep optimizer state and fp32 weights in host memory and step there with DeepSpeed's CPU Adam (AdamW), or on NVMe
     (stage 3)."""
@@ -163,53 +167,6 @@ class OptimConfig:
     """Final learning rate over the peak."""
     cooldown_steps: int | None = None
     """Steps of the linear decay at the end of `wsd` (warm-up, stable, decay). None: a tenth of train.steps."""
-
-
-@dataclass(slots=True, kw_only=True)
-class PrecisionConfig:
-    """Number formats. There is no autocast: a tensor's dtype is what the code says."""
-
-    dtype: DType = DType.fp32
-    grad_accum: DType = DType.fp32
-    """Dtype in which the gradients of the micro-batches are added up when `dtype` is bf16."""
-    loss_scale: float | None = None
-    """fp16: constant factor of the loss. None: dynamic, halved when gradients overflow and doubled now and then."""
-    initial_scale_power: int = 16
-    """fp16: the dynamic scale starts at 2 to this power."""
-    scale_window: int = 1000
-    """fp16: steps without overflow before the dynamic scale is doubled."""
-    tf32: bool = False
-    """Let fp32 matrix products on GPUs use TF32 (10-bit mantissa). Off keeps the parity promise."""
-
-
-@dataclass(slots=True, kw_only=True)
-class TrainingConfig:
-    """The training loop. Global batch = micro_batch * accum_steps * dp samples."""
-
-    steps: int = MISSING
-    """Optimizer steps."""
-    micro_batch: int = MISSING
-    """Samples in one forward pass of one replica."""
-    accum_steps: int = 1
-    """Micro-batches whose gradients are averaged into one optimizer step; with pp > 1 they fill the pipeline."""
-    eval_every: int = 0
-    """Steps between validations. 0: only at the end."""
-    eval_batches: int = 8
-    """Global batches of held-out samples in one validation. 0: no validation."""
-    seed: int = 1234
-    """Seed of initial weights and dropout."""
-    label_smoothing: float = 0.0
-    """Probability mass that the target shares evenly with the whole vocabulary (arXiv 1512.00567, section 7)."""
-    z_loss: float = 0.0
-    """Weight of the mean squared log-partition of the logits, which keeps them small (PaLM, arXiv 2204.02311)."""
-    recompute: Recompute = Recompute.none
-    recompute_interval: int = 1
-    """Blocks in one recomputed group when `recompute` is full: more blocks store less and hold more at once."""
-    device: Device = Device.auto
-    cpu_threads: int | None = None
-    """Threads of one rank on the CPU. None: cores / local ranks, at least one."""
-    timeout_s: float = 600.0
-    """Longest wait for a collective before the job is stopped, seconds."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -272,6 +229,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     train: TrainingConfig = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

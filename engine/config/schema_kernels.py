@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config.enums import Attention, Kernel, Switch
+from engine.config.enums import Attention, Fp8Kernel, Kernel, Switch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -14,7 +14,8 @@ class KernelsConfig:
     attention: Attention = Attention.auto
     loss: Kernel = Kernel.auto
     """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full; not under ZeRO-3,
-    which keeps the projection's weight away from the loss. `auto`: `torch`."""
+    which keeps the projection's weight away from the loss. `auto`: `triton` in bf16 on GPUs without tensor parallelism,
+    else `torch`."""
     norm: Kernel = Kernel.auto
     """LayerNorm and RMSNorm. `auto`: `triton` on GPUs where blocks are not compiled, else `torch`."""
     rotary: Kernel = Kernel.auto
@@ -22,7 +23,9 @@ class KernelsConfig:
     activation: Kernel = Kernel.auto
     """SwiGLU and GELU. `auto`: as for `norm`."""
     optimizer: Kernel = Kernel.auto
-    """AdamW. `triton` passes once over flat state, which ZeRO has. `auto`: `torch`."""
+    """AdamW. `triton` passes once over flat state, which ZeRO has. `auto`: `triton` in bf16 on GPUs, else `torch`."""
+    fp8: Fp8Kernel = Fp8Kernel.auto
+    """Linears under `precision.fp8`. `auto`: `scaled_mm` on GPUs, `emulated` on CPUs."""
     deterministic: bool = False
     """Pass over kernels that add up in no fixed order: the same inputs give the same bits."""
     compile: Switch = Switch.auto

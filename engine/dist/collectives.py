@@ -1,61 +1,50 @@
 """Collectives with gradients along one mesh axis.
 
 copy and sum are the operators f and g of Megatron-LM (arXiv 1909.08053, section 3); scatter_sum and gather are those of
-its sequence parallelism (arXiv 2205.05198, section 4.2.2), whose layers gather in `engine.parallel.linear`; exchange is that of
-Ulysses (arXiv 2309.14509).
+its sequence parallelism (arXiv 2205.05198, section 4.2.2), whose layers are in `engine.parallel.overlap`; exchange is
+that of Ulysses (arXiv 2309.14509).
 Each is the identity on an axis of one rank, so the same layer code runs without a process group. All ranks of the axis
-call each with the same shapes. A dim that is cut is a multiple of the axis. A compiled graph breaks at each.
+call each with the same shapes. A dim that is cut is a multiple of the axis.
 
 | operator    | forward        | adjoint (backward) |
 |-------------|----------------|--------------------|
-| copy        | identity       | all-reduce         |
-| sum         | all-reduce     | identity           |
-| collect     | all-gather     | own slice          |
-| scatter_sum | reduce-scatter | all-gather         |
-| gather      | all-gather     | reduce-scatter     |
-| exchange    | all-to-all     | reverse all-to-all |
+| copy        | identity       | sum                |
+| sum         | all-reduce     | copy               |
+| collect     | all-gather     | cut                |
+| cut         | own slice      | collect            |
+| scatter_sum | reduce-scatter | gather             |
+| gather      | all-gather     | scatter_sum        |
+| exchange    | all-to-all     | exchange, reversed |
+
+All are one custom operation, which a compiled graph holds as a node: torch 2.11 compiles an autograd function that works
+in place, as collectives do, to a gradient of zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from engine.dist.context import AxisGroup
 
-_Map = Callable[[Tensor, dist.ProcessGroup], Tensor]
+_ADJOINT = {
+    "copy": "sum",
+    "sum": "copy",
+    "collect": "cut",
+    "cut": "collect",
+    "scatter_sum": "gather",
+    "gather": "scatter_sum",
+    "exchange": "exchange",
+}
 
 
-class _Collective(torch.autograd.Function):
-    """A linear map over the ranks, and its adjoint for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, forward: _Map, adjoint: _Map) -> Tensor:
-        ctx.group, ctx.adjoint = group, adjoint
-        return forward(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.adjoint(grads[0], ctx.group), None, None, None
-
-
-# Not traced: torch 2.11 compiles a Function whose forward works in place, as every collective does, to zero gradients.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _collective(x: Tensor, group: dist.ProcessGroup, forward: _Map, adjoint: _Map) -> Tensor:
-    return cast(Tensor, _Collective.apply(x, group, forward, adjoint))  # type: ignore[no-untyped-call]
-
-
-def _apply(x: Tensor, axis: AxisGroup, forward: _Map, adjoint: _Map) -> Tensor:
-    return x if axis.group is None else _collective(x, axis.group, forward, adjoint)
-
-
-def _identity(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return x.view_as(x)
+def resolve(group: str) -> dist.ProcessGroup:
+    """The process group of this name: compiled graphs hold strings, not groups."""
+    return _resolve_process_group(cast(Any, group))
 
 
 def _cut(x: Tensor, dim: int, count: int) -> Tensor:
@@ -65,19 +54,12 @@ def _cut(x: Tensor, dim: int, count: int) -> Tensor:
 
 def _in_blocks(x: Tensor, dim: int, count: int) -> Tensor:
     """`x` as `count` slices of `dim`, each in one piece, in a new first dim. A view where `dim` is the outermost."""
-    return _cut(x, dim, count).movedim(dim, 0).contiguous()
+    return _cut(x.contiguous(), dim, count).movedim(dim, 0).contiguous()
 
 
 def _from_blocks(blocks: Tensor, dim: int) -> Tensor:
     """The blocks in the first dim one after the other along `dim`. A view where `dim` is the outermost."""
     return blocks.movedim(0, dim).flatten(dim, dim + 1).contiguous()
-
-
-def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    # Of a copy: autograd may hand the same gradient to others.
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -96,10 +78,6 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     return mine
 
 
-def _own_slice(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    return _cut(x, dim, group.size()).select(dim, group.rank()).contiguous()
-
-
 def _all_to_all(x: Tensor, group: dist.ProcessGroup, split_dim: int, gather_dim: int) -> Tensor:
     blocks = _in_blocks(x, split_dim, group.size())
     received = torch.empty_like(blocks)
@@ -107,14 +85,66 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup, split_dim: int, gather_dim:
     return _from_blocks(received, gather_dim)
 
 
+@torch.library.custom_op("octant::collective", mutates_args=())
+def _collective(x: Tensor, operator: str, dim: int, other: int, group: str) -> Tensor:
+    """`other` is the dim along which exchange joins."""
+    ranks = resolve(group)
+    match operator:
+        case "copy" | "sum":
+            # A copy: a custom operation may not return its input, and autograd may hand a gradient to others too.
+            total = x.clone(memory_format=torch.contiguous_format)
+            if operator == "sum":
+                dist.all_reduce(total, group=ranks)
+            return total
+        case "gather" | "collect":
+            return all_gather(x, ranks, dim)
+        case "scatter_sum":
+            return reduce_scatter(x, ranks, dim)
+        case "cut":
+            return _cut(x.contiguous(), dim, ranks.size()).select(dim, ranks.rank()).clone()
+        case _:
+            return _all_to_all(x, ranks, dim, other)
+
+
+@_collective.register_fake
+def _(x: Tensor, operator: str, dim: int, other: int, group: str) -> Tensor:
+    shape, ranks = list(x.shape), resolve(group).size()
+    if operator in ("scatter_sum", "cut", "exchange"):
+        shape[dim] = shape[dim] // ranks
+    if operator in ("gather", "collect", "exchange"):
+        join = other if operator == "exchange" else dim
+        shape[join] = shape[join] * ranks
+    return x.new_empty(shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.call = inputs[1:]
+
+
+def _adjoint(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    operator, dim, other, group = ctx.call
+    if operator == "sum":
+        return grad, None, None, None, None
+    if operator == "exchange":
+        dim, other = other, dim
+    return _collective(grad, _ADJOINT[operator], dim, other, group), None, None, None, None
+
+
+_collective.register_autograd(_adjoint, setup_context=_remember)
+
+
+def _apply(x: Tensor, axis: AxisGroup, operator: str, dim: int = 0, other: int = 0) -> Tensor:
+    return _collective(x, operator, dim % x.dim(), other % x.dim(), axis.name) if axis.name else x
+
+
 def copy_to_axis(x: Tensor, axis: AxisGroup) -> Tensor:
     """Enter a sharded region: `x` (any shape, equal on all ranks) unchanged; its gradient is summed over the axis."""
-    return _apply(x, axis, _identity, _all_reduce)
+    return _apply(x, axis, "copy")
 
 
 def sum_over_axis(x: Tensor, axis: AxisGroup) -> Tensor:
     """Leave a sharded region: the sum of the ranks' partial `x` (any shape); the gradient passes through."""
-    return _apply(x, axis, _all_reduce, _identity)
+    return _apply(x, axis, "sum")
 
 
 def collect_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
@@ -122,20 +152,17 @@ def collect_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
 
     So is the gradient of the whole, of which the backward pass keeps the own slice.
     """
-    dim %= x.dim()
-    return _apply(x, axis, partial(all_gather, dim=dim), partial(_own_slice, dim=dim))
+    return _apply(x, axis, "collect", dim)
 
 
 def scatter_sum_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """This rank's slice along `dim` of the sum of the ranks' partial `x`; the gradient's slices are gathered."""
-    dim %= x.dim()
-    return _apply(x, axis, partial(reduce_scatter, dim=dim), partial(all_gather, dim=dim))
+    return _apply(x, axis, "scatter_sum", dim)
 
 
 def gather_over_axis(x: Tensor, axis: AxisGroup, dim: int = 1) -> Tensor:
     """Enter a sharded region from slices: the ranks' in rank order along `dim`; their gradients are summed and cut."""
-    dim %= x.dim()
-    return _apply(x, axis, partial(all_gather, dim=dim), partial(reduce_scatter, dim=dim))
+    return _apply(x, axis, "gather", dim)
 
 
 def exchange_over_axis(x: Tensor, axis: AxisGroup, *, split_dim: int, gather_dim: int) -> Tensor:
@@ -144,7 +171,4 @@ def exchange_over_axis(x: Tensor, axis: AxisGroup, *, split_dim: int, gather_dim
     Slice r of `split_dim` goes to rank r; what arrives is joined along `gather_dim` in rank order. The gradient takes
     the reverse way.
     """
-    split, gather = split_dim % x.dim(), gather_dim % x.dim()
-    there = partial(_all_to_all, split_dim=split, gather_dim=gather)
-    back = partial(_all_to_all, split_dim=gather, gather_dim=split)
-    return _apply(x, axis, there, back)
+    return _apply(x, axis, "exchange", split_dim, gather_dim)

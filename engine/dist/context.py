@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
+from engine.config.enums import TpOverlap
 from engine.topology.grid import AXIS_ORDER, Coord, Grid
 
 
@@ -23,6 +24,14 @@ class AxisGroup:
     ranks: tuple[int, ...]
     """Global ranks in axis order."""
     group: dist.ProcessGroup | None
+    overlap: TpOverlap = TpOverlap.none
+    """How the axis's collectives run beside the products of split linear layers. Never `auto`."""
+    name: str = field(init=False, default="")
+    """Name of the group, by which operations in compiled graphs find it; empty without a group."""
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            object.__setattr__(self, "name", str(self.group.group_name))
 
     @property
     def is_first(self) -> bool:

@@ -8,8 +8,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.config.enums import Device, DType
+from engine.config.enums import Device, DType, PipelineTransport, TpOverlap
 from engine.config.launch_env import LaunchEnv
+from engine.config.schema import ParallelConfig
 from engine.errors import LaunchError
 
 DTYPES = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
@@ -66,6 +67,27 @@ def set_numerics(device: torch.device, threads: int | None, local_world_size: in
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
+
+
+def order_launches(parallel: ParallelConfig, zero_stage: int) -> None:
+    """Tell CUDA through how many queues it launches kernels.
+
+    One, so that they start in the order of their launch, where NCCL's collectives run beside products.
+
+    A product launched after a collective would else often take all multiprocessors first, and the collective begin when
+    it is done. Not with pipelines and ZeRO-3, where one queue would hold back whatever is launched after a message or a
+    prefetch that waits, and not for copy engines, which need no multiprocessors.
+
+    As many as there are where copy engines carry a pipeline's messages: a message that waits for its box must not hold
+    back the passes, as it may where its stream shares their queue.
+
+    What the user has set stays. Called before CUDA is first used.
+    """
+    if parallel.pp > 1 and parallel.pipeline_transport is PipelineTransport.copy_engine:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    alone = parallel.pp == 1 and zero_stage < 3
+    if parallel.tp > 1 and alone and parallel.tp_overlap in (TpOverlap.auto, TpOverlap.chunked):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def export(env: LaunchEnv) -> None:

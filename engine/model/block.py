@@ -7,19 +7,22 @@ stream: with sequence parallelism a run of them, S/t, else all S; with context p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.config.derived import attention_scale, ffn_size, head_dim, kv_heads, matrix_init_scale, qkv_bias
-from engine.config.enums import Activation, Family
+from engine.config.enums import Activation, Family, Tiles
 from engine.config.schema import ModelConfig
 from engine.dist.context import AxisGroup
 from engine.model.feed import Feed
 from engine.model.norm import make_norm
 from engine.model.rope import RotaryTable
+from engine.model.tiled import Part, tiled
 from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine_kernels.ops import AttentionDropout, Documents, Kernels, dropout
@@ -39,6 +42,9 @@ class Wiring:
     rotary: RotaryTable | None
     recompute_attention: bool
     """Keep queries, keys and values only, and compute the attention core again in the backward pass."""
+    tiles: Tiles = Tiles.none
+    tile_tokens: int = 8192
+    """Tokens of one tile; with sequence parallelism those of all tp ranks together."""
 
 
 def matrix_std(cfg: ModelConfig) -> float:
@@ -69,21 +75,32 @@ class Attention(nn.Module):
             init_std=matrix_std(cfg),
             segments=(query, kv, kv),
             sequence=wiring.sequence,
+            how=wiring.kernels.linear,
         )
         self.out = RowParallelLinear(
-            query, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg), sequence=wiring.sequence
+            query,
+            cfg.hidden_size,
+            tp=tp,
+            bias=cfg.bias,
+            init_std=residual_std(cfg),
+            sequence=wiring.sequence,
+            how=wiring.kernels.linear,
         )
 
-    def forward(
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> queries (B, S, N * H), keys and values (B, S, K * H)."""
+        query, key, value = self.qkv(x_BLD).split((self.query_size, self.kv_size, self.kv_size), dim=-1)
+        return query, key, value
+
+    def attend(
         self,
-        x_BLD: Tensor,
+        parts: Sequence[Tensor],
         lengths_B: Tensor | None,
         drop: AttentionDropout | None,
         documents: Documents | None,
         positions_BS: Tensor | None,
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D); the other arguments as `Block.forward` has them."""
-        parts = self.qkv(x_BLD).split((self.query_size, self.kv_size, self.kv_size), dim=-1)
+        """What `project` gives -> (B, S, N * H), for `out`; the other arguments as `Block.forward` has them."""
         q_BLNH, k_BLKH, v_BLKH = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
         q, k, v = to_heads(q_BLNH, k_BLKH, v_BLKH, self.wiring.cp)
         seen = (lengths_B, drop, documents, positions_BS)
@@ -91,7 +108,7 @@ class Attention(nn.Module):
             o = checkpoint(self._core, q, k, v, *seen, use_reentrant=False, preserve_rng_state=False)
         else:
             o = self._core(q, k, v, *seen)
-        return self.out(to_positions(o, self.wiring.cp).flatten(-2))
+        return to_positions(o, self.wiring.cp).flatten(-2)
 
     def _core(
         self,
@@ -128,9 +145,16 @@ class MLP(nn.Module):
             init_std=matrix_std(cfg),
             segments=fused,
             sequence=sequence,
+            how=wiring.kernels.linear,
         )
         self.down = RowParallelLinear(
-            size, cfg.hidden_size, tp=tp, bias=cfg.bias, init_std=residual_std(cfg), sequence=sequence
+            size,
+            cfg.hidden_size,
+            tp=tp,
+            bias=cfg.bias,
+            init_std=residual_std(cfg),
+            sequence=sequence,
+            how=wiring.kernels.linear,
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -153,6 +177,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, wiring: Wiring) -> None:
         super().__init__()
         self.p, self.post_norm, self.parallel = cfg.dropout, cfg.family is Family.bert, cfg.parallel_residual
+        self.wiring = wiring
         self.attention_norm = make_norm(cfg, wiring.tp, wiring.kernels, sequence=wiring.sequence)
         self.attention = Attention(cfg, wiring)
         self.mlp_norm = make_norm(cfg, wiring.tp, wiring.kernels, sequence=wiring.sequence)
@@ -176,16 +201,56 @@ class Block(nn.Module):
             documents: of the whole sequences, to attend inside of; None: over all of a row.
             positions_BS: rotary positions of the whole sequences, int64; None: those in the row.
         """
-        seen = (lengths_B, drop, documents, positions_BS)
+        attention = self.attention
+        before: list[nn.Module] = [attention.qkv]
+        after = [attention.out, self.mlp, self.mlp_norm]
+        (after if self.post_norm else before).append(self.attention_norm)
+        parts = self._run(Tiles.block, self._before, before, x_BLD)
+        o_BSD = attention.attend(parts, lengths_B, drop, documents, positions_BS)
+        (out_BLD,) = self._run(Tiles.block, self._after, after, x_BLD, o_BSD, keys_BL)
+        return out_BLD
+
+    def _before(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        """What comes before the attention core."""
+        return self.attention.project(x_BLD if self.post_norm else self.attention_norm(x_BLD))
+
+    def _after(self, x_BLD: Tensor, o_BSD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
+        """What comes after it, from the block's input and the core's output."""
+        feed = [self.mlp, self.mlp_norm]
+        attended_BLD = x_BLD + self._drop(self.attention.out(o_BSD), keys_BL, 0)
         if self.post_norm:
-            x_BLD = self.attention_norm(x_BLD + self._drop(self.attention(x_BLD, *seen), keys_BL, 0))
-            return self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP))
-        attended_BLD = x_BLD + self._drop(self.attention(self.attention_norm(x_BLD), *seen), keys_BL, 0)
+            return self._run(Tiles.mlp, self._feed, feed, self.attention_norm(attended_BLD), keys_BL)
         read_BLD = x_BLD if self.parallel else attended_BLD
-        return attended_BLD + self._drop(self.mlp(self.mlp_norm(read_BLD)), keys_BL, _AFTER_MLP)
+        (fed_BLD,) = self._run(Tiles.mlp, self._feed, feed, read_BLD, keys_BL)
+        return (attended_BLD + fed_BLD,)
+
+    def _feed(self, x_BLD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
+        """The feed-forward with its norm; post-norm with its residual sum too."""
+        if self.post_norm:
+            return (self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP)),)
+        return (self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP),)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As `nn.Module.compile`; what runs in tiles becomes graphs of its own."""
+        super().compile(*args, **options)
+        in_tiles = {Tiles.none: (), Tiles.mlp: ("_feed",), Tiles.block: ("_before", "_after")}[self.wiring.tiles]
+        for name in in_tiles:
+            setattr(self, name, torch.compile(getattr(self, name), *args, **options))
 
     def _drop(self, x_BLD: Tensor, keys_BL: Tensor | None, salt: int) -> Tensor:
         return x_BLD if keys_BL is None else dropout(x_BLD, keys_BL, self.p, salt)
+
+    def _run(
+        self, kind: Tiles, part: Part, modules: Sequence[nn.Module], x_BLD: Tensor, *others: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`part` of the arguments with the weights of `modules`, in tiles if those of `kind` are wanted."""
+        wiring = self.wiring
+        if wiring.tiles is not kind:
+            return part(x_BLD, *others)
+        rows = x_BLD.shape[0] * (wiring.tp.size if wiring.sequence else 1)
+        parameters = [p for module in modules for p in module.parameters()]
+        found: tuple[Tensor, ...] = tiled(part, (x_BLD, *others), parameters, tile=max(1, wiring.tile_tokens // rows))
+        return found
 
 
 def run_block(cfg: ModelConfig, wiring: Wiring, site: int, module: nn.Module, x_BLD: Tensor, feed: Feed) -> Tensor:

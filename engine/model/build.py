@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from engine.config.enums import Family
@@ -11,17 +13,22 @@ from engine.model.bert import bert_layers
 from engine.model.gpt import gpt_layers
 from engine.model.layers import LayerDef
 from engine.model.loss import NextTokenLoss, PretrainingLoss
+from engine.parallel.overlap_choice import choose_overlap
 from engine_kernels.ops import Kernels
 
 
 def build_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:
-    """The model as layers, first to last. Nothing is allocated but a rotary table.
+    """The model as layers, first to last. Nothing is allocated but a rotary table. Collective where ctx has a tp group.
 
     Args:
         cfg: the rules of `engine.config.rules` hold for it.
         ctx: its tp and cp axes cut the layers, its device holds the rotary table.
         kernels: the chosen implementation of each operation.
+
+    Raises:
+        LaunchError: see `choose_overlap`.
     """
+    ctx = replace(ctx, tp=replace(ctx.tp, overlap=choose_overlap(cfg.parallel.tp_overlap, ctx.tp, ctx.device)))
     family = {Family.gpt: gpt_layers, Family.bert: bert_layers}[cfg.model.family]
     return family(cfg, ctx, kernels)
 

@@ -6,12 +6,13 @@ Shapes: B batch, L positions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from engine.config.derived import logit_scale, padded_vocab, rotary_dim
+from engine.config.derived import in_fp8, logit_scale, padded_vocab, rotary_dim
 from engine.config.enums import Positions, Recompute
 from engine.config.schema import Config, ModelConfig
 from engine.dist.context import AxisGroup, ParallelContext
@@ -24,7 +25,7 @@ from engine.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from engine.parallel.fused_loss import Projection
 from engine.parallel.logical import LogicalTensor, make_parameter
 from engine.parallel.sequence import whole
-from engine_kernels.ops import Kernels, dropout
+from engine_kernels.ops import PLAIN_LINEAR, Kernels, dropout
 
 Factory = Callable[[], nn.Module]
 
@@ -120,11 +121,14 @@ def block_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[La
         kernels=kernels,
         rotary=rotary,
         recompute_attention=cfg.train.recompute is Recompute.selective,
+        tiles=cfg.train.tiles,
+        tile_tokens=cfg.train.tile_tokens,
     )
-    block = partial(Block, model, wiring)
+    wide = replace(wiring, kernels=replace(kernels, linear=PLAIN_LINEAR))
     return [
-        LayerDef(f"block.{i}", block, partial(run_block, model, wiring, i + 1), repeats=True)
+        LayerDef(f"block.{i}", partial(Block, model, mine), partial(run_block, model, mine, i + 1), repeats=True)
         for i in range(model.num_layers)
+        for mine in [wiring if in_fp8(cfg, i) else wide]
     ]
 
 

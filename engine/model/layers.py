@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.dist.context import AxisGroup
 from engine.model.feed import Feed
+from engine.model.host_checkpoints import HostCheckpoints
 from engine.parallel.logical import LogicalTensor, logical_of, name_parameters
 
 InitialWeights = Callable[[LogicalTensor], Tensor]
@@ -57,9 +61,19 @@ def materialize(owner_name: str, layer: LayerDef, initial: InitialWeights, *, tp
     return module
 
 
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """Initial weights of a run from scratch: a function of `seed` and each tensor's name."""
+
+    seed: int
+
+    def __call__(self, logical: LogicalTensor) -> Tensor:
+        return logical.draw(self.seed)
+
+
 def random_weights(seed: int) -> InitialWeights:
-    """The initial weights of a run from scratch: a function of `seed` and each tensor's name."""
-    return lambda logical: logical.draw(seed)
+    """The initial weights of a run from scratch."""
+    return RandomWeights(seed)
 
 
 def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
@@ -73,17 +87,32 @@ def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
     return found
 
 
+AHEAD = 16
+"""Layers of random weights that are made at a time, at most."""
+
+
 class Stack(nn.Module):
     """Consecutive layers on one rank: the residual stream (None before the first layer) in, the last one's output out.
 
     Args:
         layers, modules: one module for each layer; a tied module may stand twice, in several stacks too.
         recompute: blocks in one group whose activations are computed again in the backward pass; 0: none.
+        nested: a group is computed again as a whole for its blocks' inputs, and then each block for its activations.
+        host: where the inputs of groups are kept; None: where they are.
     """
 
-    def __init__(self, layers: Sequence[LayerDef], modules: Sequence[nn.Module], recompute: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerDef],
+        modules: Sequence[nn.Module],
+        recompute: int = 0,
+        *,
+        nested: bool = False,
+        host: HostCheckpoints | None = None,
+    ) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self._nested, self._host = nested, host
         self.parts = nn.ModuleList(modules)
         self.groups: list[tuple[int, int, bool]] = []
         index = 0
@@ -98,18 +127,32 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor | None, feed: Feed) -> Any:
         """Tokens come from `feed`; the last layer of the model gives what its loss takes."""
+        kept = nullcontext if self._host is None else self._host.forward_pass()
         for start, end, again in self.groups:
             if again and torch.is_grad_enabled():
-                # Dropout masks are functions of the feed, so no generator state needs to be kept and put back.
-                x = checkpoint(self._span, start, end, x, feed, use_reentrant=False, preserve_rng_state=False)
+                with kept():
+                    x = _again(self._span, start, end, self._nested and end - start > 1, x, feed)
             else:
-                x = self._span(start, end, x, feed)
+                x = self._span(start, end, False, x, feed)
         return x
 
-    def _span(self, start: int, end: int, x: Any, feed: Feed) -> Any:
+    def _span(self, start: int, end: int, nested: bool, x: Any, feed: Feed) -> Any:
         for index in range(start, end):
-            x = self.layers[index].run(self.parts[index], x, feed)
+            if nested:
+                x = _again(self._span, index, index + 1, False, x, feed)
+            else:
+                x = self.layers[index].run(self.parts[index], x, feed)
         return x
+
+
+def _again(run: Callable[..., Any], *arguments: Any) -> Any:
+    """`run(*arguments)`, of which only the arguments are kept for the backward pass."""
+    # Dropout masks are functions of the feed, so no generator state needs to be kept and put back.
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    return module
 
 
 def build_stacks(
@@ -119,21 +162,46 @@ def build_stacks(
     *,
     tp: AxisGroup,
     recompute: int = 0,
-    convert: Callable[[nn.Module], nn.Module] = lambda module: module,
+    nested: bool = False,
+    host: HostCheckpoints | None = None,
+    convert: Callable[[nn.Module], nn.Module] = _as_it_is,
 ) -> list[Stack]:
     """One stack for each span of `layers`; a tied module is built once for all of them.
 
     Args:
+        recompute, nested, host: see `Stack`.
         convert: applied to each module as soon as it is built, so that a whole model need not fit.
     """
-    built: dict[str, nn.Module] = {}
-    stacks = []
-    for start, end in spans:
-        modules = []
-        for layer in layers[start:end]:
-            owner = owner_of(layers, layer).name
-            if owner not in built:
-                built[owner] = convert(materialize(owner, layer, initial, tp=tp))
-            modules.append(built[owner])
-        stacks.append(Stack(layers[start:end], modules, recompute))
-    return stacks
+    owners = {layer.name: owner_of(layers, layer).name for start, end in spans for layer in layers[start:end]}
+    first = {owner: next(layer for layer in layers if owners.get(layer.name) == owner) for owner in owners.values()}
+    # What is converted may be so because memory is short: one layer at a time.
+    ahead = AHEAD if convert is _as_it_is and isinstance(initial, RandomWeights) else 1
+    built = {owner: convert(module) for owner, module in _materialized(first, initial, tp, ahead)}
+    return [
+        Stack(
+            layers[start:end],
+            [built[owners[layer.name]] for layer in layers[start:end]],
+            recompute,
+            nested=nested,
+            host=host,
+        )
+        for start, end in spans
+    ]
+
+
+def _materialized(
+    layers: Mapping[str, LayerDef], initial: InitialWeights, tp: AxisGroup, ahead: int
+) -> Iterator[tuple[str, nn.Module]]:
+    """Owner's name and module of each layer, in order. Random numbers of the next few are drawn meanwhile.
+
+    torch draws a tensor with one thread, which takes minutes for a model of billions of parameters.
+    """
+    with ThreadPoolExecutor(min(ahead, torch.get_num_threads())) as pool:
+        waiting: deque[tuple[str, Future[nn.Module]]] = deque()
+        for name, layer in layers.items():
+            waiting.append((name, pool.submit(materialize, name, layer, initial, tp=tp)))
+            if len(waiting) >= ahead:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for name, future in waiting:
+            yield name, future.result()

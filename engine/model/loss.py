@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.enums import SentenceHead
-from engine.config.schema import ModelConfig, TrainingConfig
+from engine.config.schema import ModelConfig
+from engine.config.schema_training import TrainingConfig
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.model.batch import IGNORE
 from engine.model.feed import Feed

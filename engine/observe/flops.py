@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
-_PEAKS: tuple[tuple[str, float], ...] = (
-    (r"GB200", 2500e12),
-    (r"B200", 2250e12),
-    (r"B100", 1750e12),
-    (r"GH200 \w+( HBM3e?)?", 989e12),
-    (r"H200", 989e12),
-    (r"H200 NVL", 835.5e12),
-    (r"H100 \d+GB HBM\w+", 989e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835.5e12),
-    (r"H800", 989e12),
-    (r"H20", 148e12),
-    (r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe|A800-SXM4-\d+GB|A800 80GB PCIe", 312e12),
-    (r"A40", 149.7e12),
-    (r"A30", 165e12),
-    (r"A10", 125e12),
-    (r"L40S", 362e12),
-    (r"L40", 181e12),
-    (r"L4", 121e12),
-    (r"RTX A6000", 154.8e12),
-    (r"RTX 6000 Ada Generation", 364.2e12),
-    (r"GeForce RTX 4090", 165e12),
-    (r"GeForce RTX 3090", 71e12),
-)
-"""Device name without the leading "NVIDIA" -> peak FLOP/s in bf16 with fp32 accumulation, dense.
-
-Source: NVIDIA's datasheets and architecture papers. Where a datasheet gives only the figure with 2:4 sparsity, half
-of it. Cards without bf16 tensor cores (V100, T4) are left out on purpose: a utilisation of their fp16
-peak could not be compared. So are slices of a card (MIG), whose name matches no row.
-"""
+from engine.config.hardware import resolve
+from engine.config.schema_hardware import HardwareConfig
 
 
-def peak_flops(device_name: str) -> float | None:
+def peak_flops(device_name: str, asked: HardwareConfig | None = None) -> float | None:
     """Dense bf16 peak in FLOP/s of the GPU that `torch.cuda.get_device_name` calls `device_name`.
 
-    None for a card that is not in the table: no utilisation is better than a wrong one.
+    `asked` is the run's `hardware` section. None for a card that no preset of `conf/hardware/` describes. Cards without
+    bf16 tensor cores (V100, T4) have none on purpose: a utilisation of their fp16 peak could not be compared.
     """
-    name = device_name.strip().removeprefix("NVIDIA ")
-    return next((peak for pattern, peak in _PEAKS if re.fullmatch(pattern, name)), None)
+    tflops = resolve(asked or HardwareConfig(), device_name).bf16_tflops
+    return None if tflops is None else tflops * 1e12
 
 
 def mfu(tokens_per_s_per_gpu: float, flops_per_token: float, peak: float) -> float:

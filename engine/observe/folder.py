@@ -14,6 +14,7 @@ from engine.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+MICRO_BATCH_FILE = "micro_batch.json"
 
 _locks: dict[Path, TextIO] = {}
 """Open lock files by folder: the kernel drops a lock when its file is closed."""
@@ -23,6 +24,7 @@ OWNED = (
     "config.yaml",
     "environment.json",
     "kernels.json",
+    MICRO_BATCH_FILE,
     "loss.png",
     "weights",
     "weights.partial",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine_kernels.ops import AdamWFn
 
@@ -43,22 +44,49 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for tensor in group["params"]:
-                if tensor.grad is None:
-                    continue
-                state = self.state[tensor]
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment not in state:
-                        state[moment] = torch.zeros_like(tensor)
-                # Only what torch's AdamW has counted is a tensor, and only at the first step after loading it.
-                state["step"] = int(state.get("step", 0)) + 1
-                self._update(
-                    tensor.view(-1),
-                    tensor.grad.reshape(-1),
-                    state["exp_avg"].view(-1),
-                    state["exp_avg_sq"].view(-1),
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=state["step"],
-                )
+                if tensor.grad is not None:
+                    self.update(group, tensor, tensor.grad)
+
+    @torch.no_grad()
+    def update(
+        self,
+        group: dict[str, Any],
+        tensor: Tensor,
+        gradient: Tensor,
+        grad_scale: Tensor | None = None,
+        copy_out: Tensor | None = None,
+    ) -> None:
+        """One step of one tensor of `group`.
+
+        Args:
+            gradient: of as many elements; fp32 or 16 bits.
+            grad_scale: factor of the gradient, fp32, one number on the device. NaN drops the step there.
+            copy_out: takes the new values in its own dtype.
+
+        Raises:
+            ValueError: the kernel does not take the tensors or the options.
+        """
+        state = self.state[tensor]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(tensor)
+        # Only what torch's AdamW has counted is a tensor, and only at the first step after loading it.
+        state["step"] = int(state.get("step", 0)) + 1
+        self._update(
+            tensor.view(-1),
+            gradient.reshape(-1),
+            state["exp_avg"].view(-1),
+            state["exp_avg_sq"].view(-1),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"],
+            grad_scale=grad_scale,
+            copy_out=None if copy_out is None else copy_out.view(-1),
+        )
+
+    def uncount(self) -> None:
+        """The last step of every tensor was dropped."""
+        for state in self.state.values():
+            state["step"] -= 1

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from engine.dist.context import AxisGroup
 from engine.parallel.fused_loss import Projection
-from engine.parallel.linear import column_linear
 from engine.parallel.logical import LogicalTensor, Role, make_parameter
 from engine.parallel.sequence import enter, leave
+from engine.parallel.split_linear import column_linear
 from engine_kernels.ops import LinearCrossEntropyFn
 
 Logits = TypeVar("Logits", Tensor, Projection)

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from engine.config import entry, rules
+from engine.config.batch import is_auto, replicas
+from engine.config.hardware import stated_bytes
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.plan.costs import total_parameters
-from engine.plan.host import GIB, available_bytes, host_bytes, snapshot_bytes
+from engine.plan.fit import budget_bytes, predicted, report, sizes
+from engine.plan.host import GIB, available_bytes, host_bytes, input_bytes, snapshot_bytes
 from engine.plan.memory import Memory, memory, rank_parameters, step_timeline
 from engine.plan.stages import chunk_owners, chunks
 from engine.topology.grid import Grid
@@ -21,6 +24,7 @@ usage: python -m engine.plan [--world N] [--per-host N] [group=choice ...] [sect
 
   --world N     ranks (default: one replica, or parallel.dp of them)
   --per-host N  ranks of one host (default: 8, or all where there are fewer)
+  hardware=h200 (or another preset) says whether it fits, with how much room, and which recomputation it takes
 
 The other words are those of training:
 """
@@ -40,10 +44,22 @@ def _plan(words: list[str], world: int | None, per_host: int) -> int:
     parallel = cfg.parallel
     if world is None:
         world = parallel.pp * parallel.context * parallel.tp * (parallel.dp or 1)
+    for line in _chosen(cfg, world):
+        print(line)
     rules.require(cfg, world)
     for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(per_host, world))):
         print(line)
     return 0
+
+
+def _chosen(cfg: Config, world: int) -> Iterator[str]:
+    """Put what the plan expects of `train.micro_batch=auto` in its place, where the memory of the device is stated."""
+    memory_bytes = stated_bytes(cfg.hardware)
+    among = sizes(cfg, world, cpu=cfg.hardware.name == "cpu") if is_auto(cfg) and replicas(cfg.parallel, world) else []
+    if memory_bytes is not None and among:
+        size = predicted(cfg, world, among, budget_bytes(cfg.hardware, memory_bytes))
+        cfg.train.micro_batch = size
+        yield f"train.micro_batch=auto: by the plan {size} of {', '.join(map(str, among))}; training tries"
 
 
 def plan(cfg: Config, grid: Grid, local_ranks: int) -> Iterator[str]:
@@ -58,14 +74,17 @@ def plan(cfg: Config, grid: Grid, local_ranks: int) -> Iterator[str]:
         idle = step_timeline(cfg).bubble
         yield f"{cfg.parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.1%}"
     yield from _table(cfg, grid)
+    yield from report(cfg, grid.world_size, cfg.hardware)
     needs = {
         "offload": max(host_bytes(cfg, grid.world_size, local_ranks)),
+        "inputs of recomputed groups": max(input_bytes(cfg, grid.world_size, local_ranks)),
         "checkpoints": max(snapshot_bytes(cfg, grid.world_size, local_ranks)),
     }
     parts = ", ".join(f"{size / GIB:.3f} GiB of {what}" for what, size in needs.items() if size)
     if parts:
-        free = available_bytes()
+        free, stated = available_bytes(), cfg.hardware.host_memory_gib
         here = "" if free is None else f"; this machine has {free / GIB:.1f} GiB free"
+        here = here if stated is None else f"; {cfg.hardware.name} hosts have {stated:.1f} GiB"
         yield f"memory of a host for its {local_ranks} ranks: {parts}{here}"
 
 
@@ -73,7 +92,7 @@ def _table(cfg: Config, grid: Grid) -> Iterator[str]:
     stages = range(grid.pp)
     needs = [memory(cfg, grid.world_size, stage) for stage in stages]
     unit, size = ("GiB", GIB) if max(need.total for need in needs) >= GIB else ("MiB", 2**20)
-    names = [field.name for field in fields(Memory) if field.name not in ("host", "snapshot")] + ["total"]
+    names = [field.name for field in fields(Memory) if field.name not in ("host", "inputs", "snapshot")] + ["total"]
     rows = [["stage", "layers", "parameters", *names]]
     for stage, need in zip(stages, needs, strict=True):
         count = sum(rank_parameters(cfg, stage).values())

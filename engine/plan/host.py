@@ -1,8 +1,9 @@
-"""Host memory: what offload and checkpoints need on each machine, and what this one has (codes 345, 383)."""
+"""Host memory: what offload and checkpoints need on each machine, and what this one has (codes 345, 383, 396)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 
@@ -29,26 +30,35 @@ def require(cfg: Config, world_size: int, local_ranks: int, available: int | Non
     """Refuse what does not fit into the memory of a host with `local_ranks` of the ranks.
 
     `available` are its free bytes; None looks at this machine, and lets everything pass where that cannot be seen.
-    The rules hold for `cfg`. Raises `ConfigError`: 345 offloaded state, 383 the copies that checkpoints are made from.
+    The rules hold for `cfg`. Raises `ConfigError`: 345 offloaded state, 396 inputs of recomputed groups, 383 the copies
+    that checkpoints are made from, each beside those before it.
     """
     free = available_bytes() if available is None else available
-    offloaded, copies = host_bytes(cfg, world_size, local_ranks), snapshot_bytes(cfg, world_size, local_ranks)
-    both = [one + other for one, other in zip(offloaded, copies, strict=True)]
-    if free is None or max(both) <= free:
+    needs = [of(cfg, world_size, local_ranks) for of in (host_bytes, input_bytes, snapshot_bytes)]
+    sums = list(accumulate(needs, lambda one, other: [a + b for a, b in zip(one, other, strict=True)]))
+    if free is None or max(sums[-1]) <= free:
         return
-    hosts = -(-sum(both) // max(free, 1))
+    hosts = -(-sum(sums[-1]) // max(free, 1))
     spread = f"spread the replicas over at least {hosts} such hosts"
-    if max(offloaded) <= free:
-        rule = f"checkpoints of {local_ranks} ranks of this host need {max(copies) / GIB:.1f} GiB in its memory"
-        rule += f" beside {max(offloaded) / GIB:.1f} GiB of offloaded state" if max(offloaded) else ""
-        option, value, code = "checkpoint.every", str(cfg.checkpoint.every), 383
-        way_out = f"Use checkpoint.every=0, or {spread}"
-    else:
+    here, amount = f"{local_ranks} ranks of this host", [f"{max(need) / GIB:.1f} GiB" for need in needs]
+    if max(sums[0]) > free:
         on_cpu = cfg.zero.offload_optimizer is Offload.cpu
         option = "zero.offload_optimizer" if on_cpu else "zero.offload_params"
         disk = f", {option}=nvme" if cfg.zero.stage == 3 else ""
-        rule = f"{local_ranks} ranks of this host would keep {max(offloaded) / GIB:.1f} GiB in its memory"
-        value, code, way_out = str(Offload.cpu), 345, f"Use {option}=none{disk}, or {spread}"
+        rule, value, code = f"{here} would keep {amount[0]} in its memory", str(Offload.cpu), 345
+        way_out = f"Use {option}=none{disk}, or {spread}"
+    elif max(sums[1]) > free:
+        option, value, code = "train.recompute_offload", "true", 396
+        rule = f"inputs of recomputed groups of {here} need {amount[1]} in its memory"
+        fewer = f"train.recompute_interval={2 * cfg.train.recompute_interval}"
+        way_out = f"Use {fewer}, which keeps half of them, train.recompute_offload=false, or {spread}"
+    else:
+        option, value, code = "checkpoint.every", str(cfg.checkpoint.every), 383
+        rule, way_out = f"checkpoints of {here} need {amount[2]} in its memory", f"Use checkpoint.every=0, or {spread}"
+    if code == 383 and max(sums[1]):
+        rule += f" beside {max(sums[1]) / GIB:.1f} GiB of offloaded state"
+    elif code == 396 and max(sums[0]):
+        rule += f" beside {amount[0]} of offloaded state"
     rule += f", and {free / GIB:.1f} GiB are free"
     raise ConfigError(Violation(code=code, option=option, value=value, rule=rule, way_out=way_out))
 
@@ -56,6 +66,11 @@ def require(cfg: Config, world_size: int, local_ranks: int, available: int | Non
 def host_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:
     """Bytes of offloaded state and parameters on each host, when every `local_ranks` ranks in order share one."""
     return _per_host(cfg, world_size, local_ranks, attrgetter("host"))
+
+
+def input_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:
+    """Bytes of the inputs of recomputed groups on each host, as `host_bytes`."""
+    return _per_host(cfg, world_size, local_ranks, attrgetter("inputs"))
 
 
 def snapshot_bytes(cfg: Config, world_size: int, local_ranks: int) -> list[int]:

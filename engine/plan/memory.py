@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.config.derived import ffn_size, head_dim, kv_heads, padded_vocab, writes_checkpoints
-from engine.config.enums import Activation, Attention, DType, Offload, OptimizerName, Recompute
+from engine.config.derived import padded_vocab, rotary_dim, writes_checkpoints
+from engine.config.enums import DType, Kernel, Offload, OptimizerName, Positions
 from engine.config.schema import Config
+from engine.plan.activations import activation_bytes, element_bytes, loss_bytes, working_bytes
 from engine.plan.costs import block_parameters, parameter_counts
 from engine.plan.stages import chunk_owners, chunks, layers_of
 from engine.topology.program import OpKind
@@ -24,7 +25,7 @@ _MASTER = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank: on its device, and in its host's memory for offload and for checkpoints."""
+    """Bytes of one rank: on its device, and in its host's memory for offload, inputs of groups and checkpoints."""
 
     weights: int
     gradients: int
@@ -32,29 +33,34 @@ class Memory:
     buffers: int
     activations: int
     logits: int
+    working: int
     host: int
+    inputs: int
     snapshot: int
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.logits
+        states = self.weights + self.gradients + self.optimizer + self.buffers
+        return states + self.activations + self.logits + self.working
 
 
 def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     """What one rank of pipeline rank `stage` holds at the peak of a step. The rules hold for `cfg`.
 
     weights: e P; / n at ZeRO 3; none with offloaded parameters. gradients: g P, g the bytes in which they are added up
-    (4, or 2 for bf16 with precision.grad_accum=bf16), at ZeRO 1 and e P more where sums are wider than gradients; / n
-    from ZeRO 2 on, where an offloaded optimizer takes them to the host, but for a sum in fp32 of smaller gradients at
-    ZeRO 2, which DeepSpeed adds up on the device before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of
-    `state_bytes`, / n, less the offloaded share r. host: r (fp32 weights, state, fp32 gradients 4 P, and before stage 3
-    below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on NVMe is in neither.
+    (4, or 2 for bf16 with precision.grad_accum=bf16, or where AdamW in one pass over bf16 gradients has one of each to
+    add up), at ZeRO 1 in fp16 e P more, since sums are wider than gradients; / n from ZeRO 2 on, where an offloaded
+    optimizer takes them to the host, but for a sum in fp32 of smaller gradients at ZeRO 2, which DeepSpeed adds up on
+    the device before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the
+    offloaded share r; with precision.states=bf16 half of the state alone. host: r (fp32 weights, state, fp32 gradients
+    4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on
+    NVMe is in neither.
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
     layer too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
-    activations: `activation_bytes` over the schedule. logits: (e + 8) b L padded_vocab / tp on the
-    rank of the head, for logits, fp32 probabilities and their fp32 gradient: more than a fused loss needs
-    (`kernels.loss`), which the plan does not count on, since it runs on GPUs only.
+    Rotary angles are buffers too, fp32. activations: `activation_bytes` over the schedule, inputs: those of it in host
+    memory. logits: `loss_bytes` on the rank of the head. working: `working_bytes`, less the logits, which are gone when
+    blocks are differentiated.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)
@@ -62,9 +68,14 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     count, width = sum(held.values()), element_bytes(cfg.precision.dtype)
     summed = element_bytes(cfg.precision.grad_accum) if cfg.precision.dtype is DType.bf16 else _MASTER
     elsewhere = zero.offload_optimizer is not Offload.none
-    kept_twice = zero.stage == 1 and summed > width and not elsewhere
+    flat = cfg.precision.dtype is DType.bf16 and zero.stage == 1 and not elsewhere
+    if flat and cfg.kernels.optimizer is Kernel.triton and shards == parallel.pp == cfg.train.accum_steps == 1:
+        summed = width
+    kept_twice = zero.stage == 1 and summed > width and not elsewhere and not flat
     share = zero.offload_ratio if elsewhere else 0.0
     state = (_MASTER * count * (zero.stage > 0) + state_bytes(cfg, held)) / (shards if zero.stage else 1)
+    if cfg.precision.states is DType.bf16:
+        state = state_bytes(cfg, held) / 2 / shards
     weights = width * count / (shards if zero.stage == 3 else 1)
     stays = zero.stage < 2 or (zero.stage == 2 and summed > width)
     gradients = summed * count / (shards if zero.stage >= 2 else 1) * (1 if stays else 1 - share)
@@ -72,16 +83,18 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     copy = width if width < _MASTER and zero.stage < 3 else 0
     host = share * (state + (_MASTER + copy) * count / shards) if zero.offload_optimizer is Offload.cpu else 0.0
     host += weights if zero.offload_params is Offload.cpu else 0.0
-    head = "head" in layers_of(cfg, stage)
-    vocabulary = padded_vocab(cfg.model, parallel.tp) // parallel.tp
+    logits = loss_bytes(cfg) if "head" in layers_of(cfg, stage) else 0
+    activations, inputs = _peak_activations(cfg, stage)
     return Memory(
         weights=0 if zero.offload_params is not Offload.none else round(weights),
         gradients=round(gradients),
         optimizer=round(state * (1 - share)),
-        buffers=_buffer_elements(cfg, shards, held) * width,
-        activations=_peak_activations(cfg, stage),
-        logits=(width + 8) * _positions(cfg) * vocabulary if head else 0,
+        buffers=_buffer_elements(cfg, shards, held) * width + _angle_bytes(cfg),
+        activations=activations,
+        logits=logits,
+        working=max(0, working_bytes(cfg) - logits),
         host=round(host),
+        inputs=inputs,
         snapshot=round(_saved_bytes(cfg, held) / shards) if writes_checkpoints(cfg) else 0,
     )
 
@@ -127,64 +140,10 @@ def state_bytes(cfg: Config, held: dict[str, int]) -> int:
     return 4 * count * moments.get(name, int(name is OptimizerName.sgd and cfg.optim.momentum > 0))
 
 
-def block_activation_bytes(cfg: Config) -> int:
-    """What one block keeps of one micro-batch for its backward pass, without recomputation of the whole block.
-
-    Korthikanti et al. (arXiv 2205.05198, sections 4.1, 4.2) for any feed-forward and head sizes, with fused attention,
-    and without masks, which are computed again: e b (4 R D + L (2 Hq + 2 Hk + f F) / tp), plus the attention core.
-    The terms: inputs of the norms (with parallel_residual one for both, 3 R D) and of the two column-parallel layers,
-    which gather them again; queries, attention output, keys and values (Hk / tp at least `context` heads, which are
-    repeated for it); f = 2 of GELU, 4 of SwiGLU. Core: 4 bytes per head and position (log-sum-exp) of a fused kernel;
-    the reference keeps the b N L seq_len / tp weights in fp32, twice with dropout, and keys and values repeated for all
-    query heads.
-    `recompute=selective` drops the core.
-    """
-    model, parallel = cfg.model, cfg.parallel
-    tp, cp, width, positions = parallel.tp, parallel.context, element_bytes(cfg.precision.dtype), _positions(cfg)
-    residual = positions // (tp if parallel.sequence else 1)
-    heads, kv = model.num_heads // tp, max(kv_heads(model) // tp, cp if cp > 1 else 0)
-    reference = cfg.kernels.attention is Attention.reference
-    selective = cfg.train.recompute is Recompute.selective
-    queries = heads * head_dim(model)
-    keys = queries if reference and not selective else kv * head_dim(model)
-    inner = (4 if model.activation is Activation.swiglu else 2) * (ffn_size(model) // tp)
-    streams = 3 if model.parallel_residual else 4
-    kept = streams * residual * model.hidden_size + positions * (2 * queries + 2 * keys + inner)
-    core = 4 * positions * heads
-    if reference:
-        core = 4 * positions * heads * cfg.data.seq_len * (2 if model.attention_dropout > 0 else 1)
-    return width * kept + (0 if selective else core)
-
-
-def activation_bytes(cfg: Config, blocks: int) -> tuple[int, int]:
-    """Bytes that a chunk of `blocks` blocks keeps for each micro-batch in flight, and those of a group at work.
-
-    With `recompute=full` (arXiv 2205.05198, section 5) each group of recompute_interval blocks keeps its input,
-    e b R D, and only the group whose backward pass runs has its blocks' activations. Else each block keeps its own.
-    """
-    whole = block_activation_bytes(cfg)
-    if cfg.train.recompute is not Recompute.full:
-        return blocks * whole, 0
-    interval = cfg.train.recompute_interval
-    residual = _positions(cfg) // (cfg.parallel.tp if cfg.parallel.sequence else 1)
-    one_input = element_bytes(cfg.precision.dtype) * residual * cfg.model.hidden_size
-    return -(-blocks // interval) * one_input, min(blocks, interval) * whole
-
-
-def element_bytes(dtype: DType) -> int:
-    """Bytes of one element."""
-    return 4 if dtype is DType.fp32 else 2
-
-
 def step_timeline(cfg: Config) -> Timeline:
     """One step of the schedule with equal stages, backward passes twice as long as forward passes."""
     parallel = cfg.parallel
     return simulate(parallel.schedule, parallel.pp, cfg.train.accum_steps, parallel.virtual_stages)
-
-
-def _positions(cfg: Config) -> int:
-    """b L."""
-    return cfg.train.micro_batch * (cfg.data.seq_len // cfg.parallel.context)
 
 
 def _buffer_elements(cfg: Config, shards: int, held: dict[str, int]) -> int:
@@ -196,14 +155,24 @@ def _buffer_elements(cfg: Config, shards: int, held: dict[str, int]) -> int:
     return buckets * min(cfg.zero.bucket_elements, sum(held.values())) + gathered
 
 
-def _peak_activations(cfg: Config, stage: int) -> int:
-    """Most bytes in flight on pipeline rank `stage`, each chunk by its own blocks, plus one group at work."""
+def _angle_bytes(cfg: Config) -> int:
+    """fp32 cosines and sines of every position."""
+    model = cfg.model
+    return 4 * model.max_positions * rotary_dim(model) if model.positions is Positions.rotary else 0
+
+
+def _peak_activations(cfg: Config, stage: int) -> tuple[int, int]:
+    """Most bytes in flight on pipeline rank `stage` and its host, each chunk by its own blocks.
+
+    On the device one group at work too.
+    """
     blocks = [sum(name.startswith("block.") for name in names) for names in chunks(cfg)]
     mine = [chunk for chunk, owner in enumerate(chunk_owners(cfg)) if owner == stage]
     kept = {chunk: activation_bytes(cfg, blocks[chunk]) for chunk in mine}
     change: defaultdict[OpKind, int] = defaultdict(int, {OpKind.forward: 1, OpKind.backward: -1})
-    held = peak = 0
+    held = peak = away = most = 0
     for event in step_timeline(cfg).events[stage]:
-        held += change[event.op.kind] * kept[event.op.chunk][0]
-        peak = max(peak, held)
-    return peak + max(working for _, working in kept.values())
+        held += change[event.op.kind] * kept[event.op.chunk].device
+        away += change[event.op.kind] * kept[event.op.chunk].host
+        peak, most = max(peak, held), max(most, away)
+    return peak + max(one.working for one in kept.values()), most

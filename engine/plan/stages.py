@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 from engine.config.derived import parts_per_rank
-from engine.config.enums import PipelineSchedule
+from engine.config.enums import Balance, PipelineSchedule
 from engine.config.schema import Config
 from engine.plan.costs import GLUED, layer_costs, parameter_counts
-from engine.topology.partition import partition
+from engine.topology.partition import even_out, partition
 
 
 def stage_bounds(cfg: Config) -> tuple[int, ...]:
@@ -21,7 +21,10 @@ def stage_bounds(cfg: Config) -> tuple[int, ...]:
     glued = GLUED if "head.transform" in names else frozenset()
     starts = [index for index, name in enumerate(names) if name not in glued] + [len(names)]
     merged = [sum(costs[start:end]) for start, end in pairwise(starts)]
-    return tuple(starts[bound] for bound in partition(merged, cfg.parallel.pp * parts_per_rank(cfg.parallel)))
+    bounds = partition(merged, cfg.parallel.pp * parts_per_rank(cfg.parallel))
+    if cfg.parallel.balance is Balance.flops:
+        bounds = even_out(merged, bounds, chunk_owners(cfg))
+    return tuple(starts[bound] for bound in bounds)
 
 
 def chunks(cfg: Config) -> list[tuple[str, ...]]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.enums import DType, OffloadStrategy, OptimizerName
+from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName, Tiles
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
+from engine.model.block import Block
+from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.offload import offload_config, offloads, selective_optimizer
 
 
@@ -22,7 +24,6 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     buckets = {"reduce_bucket_size": zero.bucket_elements, "allgather_bucket_size": zero.bucket_elements}
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
-    overlap = zero.overlap_comm and ctx.device.type == "cuda" and ctx.pp.size == 1 and ctx.reduce.size > 1
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accum_steps,
@@ -30,7 +31,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "gradient_clipping": cfg.optim.clip_norm if clips_itself(cfg) else 0.0,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": overlap,
+            "overlap_comm": overlaps(cfg, ctx) and ctx.device.type == "cuda",
             "contiguous_gradients": True,
             **buckets,
             **offload_config(cfg, ctx),
@@ -41,6 +42,9 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if zero.stage == 3 and train.tiles is not Tiles.none:
+        # Tiles use the weights of a block many times: they are gathered once for all of them.
+        config["zero_optimization"]["leaf_module"] = {"classes": [Block.__name__]}
     if offloads(cfg):
         config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is OptimizerName.adamw
     if zero.offload_strategy is OffloadStrategy.zenflow:
@@ -56,7 +60,9 @@ def _precision(cfg: Config) -> dict[str, Any]:
     """Number formats. fp16 gradients are added up in fp32, and an overflow halves the scale at once."""
     precision = cfg.precision
     if precision.dtype is DType.bf16:
-        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": str(precision.grad_accum)}}
+        bf16 = {"enabled": True, "immediate_grad_update": has_flat_state(cfg)}
+        sums = DType.fp32 if has_flat_state(cfg) else precision.grad_accum
+        return {"bf16": bf16, "data_types": {"grad_accum_dtype": str(sums)}}
     if precision.dtype is DType.fp16:
         scale = {
             "loss_scale": precision.loss_scale or 0,
@@ -67,6 +73,26 @@ def _precision(cfg: Config) -> dict[str, Any]:
         }
         return {"fp16": {"enabled": True, **scale}, "data_types": {"grad_accum_dtype": str(DType.fp32)}}
     return {"bf16": {"enabled": False}}
+
+
+def overlaps(cfg: Config, ctx: ParallelContext) -> bool:
+    """Whether gradients are reduced while the backward pass goes on."""
+    return cfg.zero.overlap_comm and ctx.pp.size == 1 and ctx.reduce.size > 1
+
+
+def has_flat_state(cfg: Config) -> bool:
+    """Whether `engine.runtime.flat` holds the state: DeepSpeed's choice for these options and sums in fp32."""
+    on_device = cfg.zero.offload_optimizer is Offload.none
+    return cfg.precision.dtype is DType.bf16 and cfg.zero.stage == 1 and on_device
+
+
+def sums_in_bf16(cfg: Config, ctx: ParallelContext, optimizer: object) -> bool:
+    """Whether gradients are added up in bf16: as asked, and where it is exact since a step has one gradient.
+
+    For the second the optimizer has to read bf16 gradients beside fp32 weights.
+    """
+    single = cfg.train.accum_steps == ctx.reduce.size == ctx.pp.size == 1
+    return cfg.precision.grad_accum is DType.bf16 or (single and isinstance(optimizer, FlatAdamW))
 
 
 def clips_itself(cfg: Config) -> bool:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from engine.dist.context import ParallelContext
 from engine.model.feed import Feed
 from engine.runtime.channels import Channels, Incoming
+from engine.runtime.mailboxes import Letter, Mailboxes
 from engine.topology.program import Op, OpKind, Program
 from engine.topology.rendezvous import early_receives
 from engine.topology.timeline import Event
 
 Place = tuple[int, int]
 """A chunk and a micro-batch."""
+Messages = Channels | Mailboxes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +36,14 @@ class StageModel:
 
 
 class Executor:
-    """One stage's interpreter. `trace`, when a list, collects the time of each operation (tests and timelines)."""
+    """One stage's interpreter.
 
-    def __init__(self, program: Program, model: StageModel, ctx: ParallelContext, channels: Channels) -> None:
-        self._program, self._model, self._ctx, self._channels = program, model, ctx, channels
+    `trace`, when a list, collects the time of each operation (tests and timelines); `channels` may be exchanged between
+    steps (benchmarks).
+    """
+
+    def __init__(self, program: Program, model: StageModel, ctx: ParallelContext, channels: Messages) -> None:
+        self._program, self._model, self._ctx, self.channels = program, model, ctx, channels
         self._ops = program.ops[ctx.pp.rank]
         self._early = early_receives(program)[ctx.pp.rank]
         self._last = program.chunks - 1
@@ -49,7 +55,7 @@ class Executor:
         self._inputs: dict[Place, Tensor] = {}
         self._outputs: dict[Place, Tensor] = {}
         self._grads: dict[Place, Tensor] = {}
-        self._posted: dict[Op, Incoming] = {}
+        self._posted: dict[Op, Incoming | Letter] = {}
         self._passes = 0
         self._total = torch.zeros((), device=self._ctx.device)
         with torch.set_grad_enabled(train):
@@ -60,7 +66,7 @@ class Executor:
                     if self._ctx.device.type == "cuda":
                         torch.cuda.synchronize()
                     self.trace.append(Event(self._ctx.pp.rank, op, start, time.perf_counter()))
-        self._channels.finish()
+        self.channels.finish()
         return self._total
 
     def _execute(self, op: Op, train: bool) -> None:
@@ -78,9 +84,9 @@ class Executor:
                 self._backward(op)
             case OpKind.send_activation:
                 output = self._outputs[place] if train else self._outputs.pop(place)
-                self._channels.send(op, output)
+                self.channels.send(op, output)
             case OpKind.send_grad:
-                self._channels.send(op, self._take_input_grad(place))
+                self.channels.send(op, self._take_input_grad(place))
 
     def _forward(self, op: Op, train: bool) -> None:
         place, feed = (op.chunk, op.micro_batch), self._feeds[op.micro_batch]
@@ -121,7 +127,7 @@ class Executor:
             self._posted[op] = self._post(op)
         self._passes += 1
 
-    def _post(self, op: Op) -> Incoming:
+    def _post(self, op: Op) -> Incoming | Letter:
         feed = self._feeds[op.micro_batch]
         shape = (feed.tokens_BS.shape[0], feed.positions_L.shape[0], self._model.width)
-        return self._channels.receive(op, shape, self._model.dtype)
+        return self.channels.receive(op, shape, self._model.dtype)

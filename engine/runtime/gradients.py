@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -67,18 +65,16 @@ def mend_norm(optimizer: object, ctx: ParallelContext) -> None:
     """Replace the global norm of DeepSpeed's optimizers by one that works on stages of any content.
 
     ZeRO 1 and 2 reduce once per parameter group, so a stage with fewer groups than another (an embedding has no
-    undecayed parameters) hangs the job: https://github.com/deepspeedai/DeepSpeed/issues/1522. The bf16 optimizer fails
-    on a rank that has nothing to count. Here every rank takes part in one reduction.
+    undecayed parameters) hangs the job: https://github.com/deepspeedai/DeepSpeed/issues/1522. Here every rank takes
+    part in one reduction.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.scaled_global_norm = partial(_zero_norm, optimizer, ctx)
-    elif isinstance(optimizer, BF16_Optimizer):
-        optimizer.get_grads_for_norm = partial(_never_nothing, optimizer.get_grads_for_norm, ctx)
 
 
 def _zero_norm(optimizer: DeepSpeedZeroOptimizer, ctx: ParallelContext, norm_type: int = 2) -> Tensor:
     """The norm of the scaled gradients over all ranks: each rank adds the partition that it owns."""
-    counted = [p for parameters in optimizer.params_in_partition for p in parameters if _counts(p, ctx)]
+    counted = [p for parameters in optimizer.params_in_partition for p in parameters if counts(p, ctx)]
     if optimizer.cpu_offload:
         # Taken on the GPU when the gradients left it; a parameter without a gradient has none.
         known, ids = optimizer.norm_for_param_grads, map(optimizer.get_param_id, counted)
@@ -101,14 +97,7 @@ def _parts(optimizer: DeepSpeedZeroOptimizer, wanted: Iterable[nn.Parameter]) ->
         yield from (part for p, part in zip(parameters, parts, strict=False) if id(p) in chosen)
 
 
-def _never_nothing(original: Callable[..., Any], ctx: ParallelContext, for_clipping: bool = False) -> Any:
-    if for_clipping:
-        return original(for_clipping=True)
-    plain, expert = original()
-    return plain or [torch.zeros(1, device=ctx.device)], expert
-
-
-def _counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
+def counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
     """Whether this rank counts it in a norm: slices always, whole tensors on tp rank 0, tied copies never."""
     if getattr(parameter, "ds_pipe_replicated", False):
         return False
@@ -125,7 +114,7 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx
     norm of a large tensor on the CPU is off by 1e-6 and more.
     """
     parameters = list(parameters)
-    counted = [p for p in parameters if p.grad is not None and _counts(p, ctx)]
+    counted = [p for p in parameters if p.grad is not None and counts(p, ctx)]
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in counted]
     total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=ctx.device)
     if ctx.replica.group is not None:

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from engine.config.derived import width_ratio
-from engine.config.enums import Offload, OffloadStrategy, OptimizerName
+from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.optim.groups import build_optimizer, parameter_groups
@@ -20,6 +20,7 @@ from engine.optim.lion import Lion
 from engine.optim.schedule import set_learning_rate
 from engine.runtime import extensions
 from engine_kernels.ops import AdamWFn
+from engine_kernels.reference.adamw import adamw_step as reference_adamw
 
 
 def offloads(cfg: Config) -> bool:
@@ -33,6 +34,8 @@ def make_optimizer(
     """The optimizer that DeepSpeed wraps: `build_optimizer`'s, or the one for host memory."""
     if offloads(cfg):
         return _host_optimizer(parameters, cfg)
+    if cfg.precision.states is DType.bf16 and adamw_step is None:
+        adamw_step = reference_adamw
     return build_optimizer(parameters, cfg.optim, ctx, width_ratio=width_ratio(cfg.model), adamw_step=adamw_step)
 
 

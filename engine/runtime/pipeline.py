@@ -12,11 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed import comm as ds_comm
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from engine.config.schema import Config
@@ -29,60 +24,19 @@ from engine.optim.schedule import set_learning_rate
 from engine.parallel.logical import LogicalTensor
 from engine.protocols import EngineState, StepResult
 from engine.runtime import gradients
-from engine.runtime.channels import Channels
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
-from engine.runtime.ds_config import clips_itself, deepspeed_config
+from engine.runtime.ds_config import clips_itself
+from engine.runtime.ds_engine import Engine
 from engine.runtime.executor import Executor, StageModel
 from engine.runtime.offload import begin_step, make_optimizer
 from engine.runtime.shards import attach_pieces
 from engine.runtime.state import adopt_state, read_state
-from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
+from engine.runtime.steps import make_feeds, recomputation, sum_of_shares
 from engine.runtime.tied import tied_copies
+from engine.runtime.transport import open_messages
 from engine.topology.schedule import build as build_program
 from engine_kernels.ops import AdamWFn
-
-
-class _Engine(DeepSpeedEngine):
-    """`DeepSpeedEngine` around passes that are not its own.
-
-    `managed_gradient_accumulation` is off: gradients add up until `reduce` is called.
-    """
-
-    def backward_from(self, output: Tensor, gradient: Tensor | None) -> None:
-        """Backward pass of one chunk for one micro-batch, with the optimizer's bookkeeping around it."""
-        if gradient is None:
-            # A share of the loss. Shares are summed over the ranks, whose gradients DeepSpeed averages.
-            output = output * float(self.mpu.get_data_parallel_world_size())
-            if isinstance(self.optimizer, ZeROOptimizer):
-                output = self.optimizer.scale_if_loss(output)
-        self._running_engine_backward = True
-        try:
-            if isinstance(self.optimizer, ZeROOptimizer):
-                self.optimizer.clear_backward_seen_flag()
-            self._backward_prologue()
-            if isinstance(self.optimizer, BF16_Optimizer):
-                self.optimizer.clear_lp_grads()
-            elif self.zero_optimization_partition_gradients():
-                # Else the first gradient does it, and a chunk of a tied table alone has none that DeepSpeed sees.
-                self.optimizer.setup_buckets()
-            torch.autograd.backward(output, gradient)
-            self._backward_epilogue()
-        finally:
-            self._running_engine_backward = False
-
-    def reduce(self) -> None:
-        """Average the step's gradients over the ranks that share the data. As `DeepSpeedEngine.step` begins."""
-        self._running_engine_step = True
-        if self.zero_optimization_partition_gradients():
-            self.optimizer.finalize_gradient_accumulation_boundary()
-        else:
-            self.allreduce_gradients()
-
-    def update(self) -> None:
-        """Step the optimizer and drop the gradients."""
-        self._take_model_step(None)
-        self._running_engine_step = False
 
 
 class PipelineRunner:
@@ -99,13 +53,12 @@ class PipelineRunner:
     ) -> None:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
-        ds_comm.init_distributed(dist_init_required=False)
         train, parallel = cfg.train, cfg.parallel
         make = partial(build_program, parallel.schedule, ctx.pp.size, train.accum_steps, parallel.virtual_stages)
         program = make()
         chunks = program.chunks_of(ctx.pp.rank)
         spans = [(bounds[chunk], bounds[chunk + 1]) for chunk in chunks]
-        built = build_stacks(layers, spans, initial, tp=ctx.tp, recompute=recompute_interval(cfg))
+        built = build_stacks(layers, spans, initial, tp=ctx.tp, **recomputation(cfg))
         stacks = dict(zip(chunks, built, strict=True))
         loss = build_loss(cfg, ctx)
         self._stage = nn.ModuleList(built).to(ctx.device)
@@ -113,17 +66,8 @@ class PipelineRunner:
         mark_parameters(self._stage.parameters())
         if wants_compile(cfg, ctx.device):
             compile_parts(self._stage, loss)
-        config = deepspeed_config(cfg, ctx)
-        axes = Axes(ctx)
-        self._ds = _Engine(
-            args=None,
-            model=self._stage,
-            optimizer=make_optimizer(self._stage.parameters(), cfg, ctx, adamw_step),
-            mpu=axes,
-            dist_init_required=False,
-            config=config,
-            config_class=DeepSpeedConfig(config, axes),
-        )
+        optimizer = make_optimizer(self._stage.parameters(), cfg, ctx, adamw_step)
+        self._ds = Engine(self._stage, optimizer, cfg, ctx, Axes(ctx))
         gradients.mend_norm(self._ds.optimizer, ctx)
         attach_pieces(self._ds.optimizer, cfg.optim.name)
         for copy in self._tied:
@@ -135,7 +79,7 @@ class PipelineRunner:
             width=cfg.model.hidden_size,
             dtype=DTYPES[cfg.precision.dtype],
         )
-        channels = Channels(ctx, program)
+        channels = open_messages(cfg, ctx, program)
         self.training = Executor(program, model, ctx, channels)
         self._evaluation = Executor(make(forward_only=True), model, ctx, channels)
 

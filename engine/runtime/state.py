@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from engine.config.enums import OptimizerName
 from engine.optim.state import Slot
 from engine.protocols import EngineState
+from engine.runtime.flat import FlatOptimizer
 from engine.runtime.shards import held_tensors
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -23,6 +24,8 @@ _STEPS = "optimizer_steps"
 
 def read_state(ds_optimizer: Any, name: OptimizerName) -> EngineState:
     """State of a `DeepSpeedEngine`'s `optimizer`; see `Engine.state`."""
+    if isinstance(ds_optimizer, FlatOptimizer):
+        ds_optimizer.settle()
     held = held_tensors(ds_optimizer, name)
     slots: list[Slot] = [slot for tensor in held for slot in tensor.slots()]
     numbers = {_STEPS: float(max((tensor.steps for tensor in held), default=0))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +14,7 @@ from engine.dist.context import ParallelContext
 from engine.model.batch import Batch
 from engine.model.feed import Feed, count_targets, make_feed
 from engine.model.gpt import uses_sequence
+from engine.model.host_checkpoints import HostCheckpoints
 
 
 def make_feeds(batches: Iterable[Batch], cfg: Config, ctx: ParallelContext) -> list[Feed]:
@@ -31,6 +33,11 @@ def sum_of_shares(share: Tensor, ctx: ParallelContext) -> Tensor:
     return share
 
 
-def recompute_interval(cfg: Config) -> int:
-    """Blocks in a recomputed group of a `Stack`; 0: none."""
-    return cfg.train.recompute_interval if cfg.train.recompute is Recompute.full else 0
+def recomputation(cfg: Config) -> dict[str, Any]:
+    """What `build_stacks` must know of it."""
+    train = cfg.train
+    return {
+        "recompute": train.recompute_interval if train.recompute is Recompute.full else 0,
+        "nested": train.recompute_nested,
+        "host": HostCheckpoints() if train.recompute_offload else None,
+    }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +20,12 @@ from engine.protocols import EngineState, StepResult
 from engine.runtime import gradients
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
-from engine.runtime.ds_config import clips_itself, deepspeed_config
+from engine.runtime.ds_config import clips_itself
+from engine.runtime.ds_engine import Engine
 from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
 from engine.runtime.state import adopt_state, read_state
-from engine.runtime.steps import make_feeds, recompute_interval, sum_of_shares
+from engine.runtime.steps import make_feeds, recomputation, sum_of_shares
 from engine.runtime.zero3 import Partitioner
 from engine_kernels.ops import AdamWFn
 
@@ -55,22 +56,14 @@ class ZeroRunner:
         self.ctx, self._cfg = ctx, cfg
         self.on_gradients: Callable[[], None] | None = None
         axes = Axes(ctx)
-        cut = {"convert": Partitioner(cfg, ctx, axes)} if cfg.zero.stage == 3 else {}
-        (model,) = build_stacks(
-            layers, [(0, len(layers))], initial, tp=ctx.tp, recompute=recompute_interval(cfg), **cut
-        )
+        cut: dict[str, Any] = {"convert": Partitioner(cfg, ctx, axes)} if cfg.zero.stage == 3 else {}
+        (model,) = build_stacks(layers, [(0, len(layers))], initial, tp=ctx.tp, **recomputation(cfg), **cut)
         mark_parameters(model.parameters())
         loss = build_loss(cfg, ctx)
         if wants_compile(cfg, ctx.device):
             compile_parts(model, loss)
         whole = _ModelWithLoss(model, loss).to(ctx.device)
-        self._ds, *_ = deepspeed.initialize(
-            model=whole,
-            optimizer=make_optimizer(whole.parameters(), cfg, ctx, adamw_step),
-            config=deepspeed_config(cfg, ctx),
-            mpu=axes,
-            dist_init_required=False,
-        )
+        self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)
         gradients.mend_norm(self._ds.optimizer, ctx)
         attach_pieces(self._ds.optimizer, cfg.optim.name)
 

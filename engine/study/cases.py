@@ -13,6 +13,7 @@ from engine.config.enums import (
     Attention,
     DType,
     Family,
+    Fp8,
     Kernel,
     Norm,
     Offload,
@@ -23,6 +24,7 @@ from engine.config.enums import (
     ScheduleName,
     SentenceHead,
     Switch,
+    Tiles,
     WandbMode,
 )
 from engine.config.schema import Config, ModelConfig
@@ -51,13 +53,15 @@ LAYOUT: Domains = {
 }
 """Settings that rules relate to each other. packed: attention stays inside the documents of a row."""
 FREE: Domains = {
-    "recompute": ("none", "selective", "full", "full2"),
+    "recompute": ("none", "selective", "full", "full2", "nested2", "offload2"),
+    "tiles": ("none", "mlp", "block"),
     "tied": (True, False),
     "dropout": (0.0, 0.1),
     "length": ("fixed", "variable"),
     "loss": ("plain", "smoothed"),
 }
-"""Settings legal in every layout. full2: groups of two blocks. smoothed: label smoothing and z-loss."""
+"""Settings legal in every layout. full2: groups of two blocks; nested2: these block by block; offload2: their inputs in
+host memory. tiles: three for each sequence, the last one shorter. smoothed: label smoothing and z-loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,7 @@ class Case:
     flavour: str = "gpt2"
     packed: bool = False
     recompute: str = "none"
+    tiles: str = "none"
     tied: bool = True
     dropout: float = 0.0
     length: str = "fixed"
@@ -106,6 +111,7 @@ class Case:
         ]
         words += [f"accum{self.accum}"]
         words += [f"recompute-{self.recompute}"] * (self.recompute != "none")
+        words += [f"tiles-{self.tiles}"] * (self.tiles != "none")
         return " ".join([*words, *self.model_words()])
 
 
@@ -139,8 +145,12 @@ def configure(base: Config, case: Case) -> Config:
     cfg = with_flavour(base, case.flavour, case.tied)
     _set_layout(cfg, case)
     train, optim, precision = cfg.train, cfg.optim, cfg.precision
-    train.recompute = Recompute[case.recompute.removesuffix("2")]
-    train.recompute_interval = 2 if case.recompute == "full2" else 1
+    in_pairs = case.recompute.endswith("2")
+    train.recompute = Recompute.full if in_pairs else Recompute[case.recompute]
+    train.recompute_interval = 2 if in_pairs else 1
+    train.recompute_nested, train.recompute_offload = (case.recompute == name for name in ("nested2", "offload2"))
+    train.tiles = Tiles[case.tiles]
+    train.tile_tokens = train.micro_batch * -(-cfg.data.seq_len // (3 * case.context))
     train.label_smoothing, train.z_loss = (0.1, 1e-3) if case.loss == "smoothed" else (0.0, 0.0)
     train.eval_batches = 0
     cfg.data.variable_length, cfg.data.document_mask = case.length == "variable", case.packed
@@ -176,6 +186,7 @@ def oracle_config(base: Config, case: Case) -> Config:
     cfg = configure(base, alone(case, zero=0))
     cfg.model.num_layers = configure(base, case).model.num_layers
     cfg.precision.dtype, cfg.precision.loss_scale = DType.fp32, None
+    cfg.precision.fp8 = Fp8.none
     kernels = cfg.kernels
     if kernels.attention is not Attention.reference:
         kernels.attention = Attention.auto

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from engine.errors import TopologyError
 
@@ -50,6 +50,36 @@ def partition(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         ends = range(start + 1, layers - left + 2)
         bounds.append(next(j for j in ends if unevenness(start, j) + table[left - 1][j] == table[left][start]))
     return tuple(bounds)
+
+
+def even_out(costs: Sequence[float], bounds: Sequence[int], owner: Sequence[int]) -> tuple[int, ...]:
+    """The bounds of parts of which stages hold several, part k on `owner[k]`, moved as far as that relieves a stage.
+
+    `partition` makes the parts even, but it is the stage with the most work in all of its parts that sets the pace. A
+    bound moves by one layer as long as the largest stage cost gets less and the largest part's does not grow.
+    """
+    prefix = [0.0, *accumulate(costs)]
+    limit = max(prefix[end] - prefix[start] for start, end in pairwise(bounds)) * _TIE
+
+    def largest(cut: Sequence[int]) -> float:
+        stages = [0.0] * (max(owner) + 1)
+        for (start, end), stage in zip(pairwise(cut), owner, strict=True):
+            stages[stage] += prefix[end] - prefix[start]
+        return max(stages)
+
+    best = tuple(bounds)
+    while True:
+        moved = [
+            (*best[:k], best[k] + step, *best[k + 1 :])
+            for k in range(1, len(best) - 1)
+            for step in (-1, 1)
+            if best[k - 1] < best[k] + step < best[k + 1]
+        ]
+        moved = [cut for cut in moved if all(prefix[end] - prefix[start] <= limit for start, end in pairwise(cut))]
+        better = min(moved, key=largest, default=best)
+        if largest(better) * _TIE >= largest(best):
+            return best
+        best = better
 
 
 def _best(

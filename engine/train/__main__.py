@@ -7,8 +7,9 @@ import sys
 import time
 import traceback
 
-from engine.config import entry, launch_env, rules
+from engine.config import batch, entry, launch_env, rules
 from engine.config.load import HelpRequested, load
+from engine.config.schema import Config
 from engine.errors import EngineError, LaunchError
 from engine.observe.log import is_main
 from engine.plan import host
@@ -32,24 +33,23 @@ def main(argv: list[str]) -> int:
             rules.require(cfg, env.world_size)
             host.require(cfg, env.world_size, env.local_world_size)
         from engine.train import local, session
-        from engine.train.loop import StopRequested
 
         if session.is_finished(cfg):
             return 0
         if env is None:
             world_size = local.world_size(cfg)
+            if batch.is_auto(cfg):
+                from engine.tune import micro_batch
+
+                argv = micro_batch.settled(cfg, argv, world_size)
+                cfg = load(argv)
             rules.require(cfg, world_size)
             host.require(cfg, world_size, world_size)
             session.check_before_launch(cfg)
             if world_size > 1:
                 return local.start_ranks(world_size, cfg, argv)
             env = local.alone()
-        try:
-            session.run(cfg, env)
-        except StopRequested as stop:
-            if is_main():
-                print(f"state saved after step {stop.step}; the same command with run.resume=true goes on", flush=True)
-            return entry.STOPPED
+        return _train(cfg, env)
     except HelpRequested as asked:
         print(asked)
     except EngineError as error:
@@ -70,6 +70,25 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    return 0
+
+
+def _train(cfg: Config, env: launch_env.LaunchEnv) -> int:
+    """This rank's part of the run."""
+    from engine.train import exhausted, session
+    from engine.train.loop import StopRequested
+
+    try:
+        session.run(cfg, env)
+    except StopRequested as stop:
+        if is_main():
+            print(f"state saved after step {stop.step}; the same command with run.resume=true goes on", flush=True)
+        return entry.STOPPED
+    except Exception as error:
+        refusal = exhausted.explained(error, cfg, env.rank, env.world_size)
+        if refusal is None:
+            raise
+        raise refusal from error
     return 0
 
 

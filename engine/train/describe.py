@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import engine
+from engine.config.derived import block_linears, fp8_linears, in_fp8
+from engine.config.enums import Fp8
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.observe.progress import human_count
@@ -47,4 +49,16 @@ def describe(
             f"{parallel.schedule} with {train.accum_steps} micro-batches: bubble {idle:.0%} if stages are equal; "
             "more train.accum_steps shrink it"
         )
+    if cfg.precision.fp8 is not Fp8.none:
+        yield _fp8(cfg)
     yield from chosen.lines(ctx.device)
+
+
+def _fp8(cfg: Config) -> str:
+    """Which linears multiply in fp8, and which of them do not and why."""
+    blocks = [block for block in range(cfg.model.num_layers) if in_fp8(cfg, block)]
+    names, sizes = fp8_linears(cfg), block_linears(cfg.model, cfg.parallel.tp)
+    wide = [f"{name} ({rows} x {columns})" for name, (rows, columns) in sizes.items() if name not in names]
+    said = f"fp8 {cfg.precision.fp8}: {', '.join(name for name in sizes if name in names)} of blocks "
+    said += f"{blocks[0]} to {blocks[-1]}"
+    return f"{said}; in bf16, as their sizes are no multiples of 16: {', '.join(wide)}" if wide else said

@@ -46,7 +46,9 @@ class Metrics(Quiet):
         self._progress = Progress(cfg.train.steps, every=cfg.logging.every, enabled=cfg.logging.progress)
         self._timer = StepTimer()
         self._flops = flops_per_token(cfg.model, cfg.data.seq_len)
-        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = None
+        if device.type == "cuda":
+            self._peak = peak_flops(torch.cuda.get_device_name(device), cfg.hardware)
         self._since, self._steps_since, self.excluded_s = 0.0, 0, 0.0
         self._waited_s, self._all_waited_s, self._all_steps_s = 0.0, 0.0, 0.0
         self._last: dict[str, float] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.config.derived import head_dim, is_causal, kv_heads
-from engine.config.enums import Kernel, Offload, OptimizerName, Positions
+from engine.config.enums import Fp8, Fp8Kernel, Kernel, Offload, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.dist.init import DTYPES
 from engine.errors import ConfigError, Violation
@@ -25,8 +25,11 @@ OPERATIONS = {
     "rotary": "rotary",
     "activation": "activation",
     "optimizer": "adamw",
+    "fp8": "fp8_linear",
 }
 """Option of `kernels` -> operation of `engine_kernels`."""
+
+_SLOW_FP8 = "Use precision=bf16, or kernels.fp8=emulated, which shows how fp8 trains and is slower than bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def situation(cfg: Config, device: torch.device) -> Situation:
         compiled=wants_compile(cfg, device),
         width=model.hidden_size,
         gathered=cfg.zero.stage == 3,
+        cut=cfg.parallel.tp > 1,
         update=f"{cfg.optim.name} in host memory" if elsewhere else str(cfg.optim.name),
         flat=cfg.zero.stage > 0,
     )
@@ -89,7 +93,7 @@ def choose_kernels(cfg: Config, device: torch.device) -> Chosen:
     """The implementation of each operation that the run has, the same for every layer.
 
     Raises:
-        ConfigError: one that was asked for by name cannot run here (330).
+        ConfigError: one that was asked for by name cannot run here, or fp8 would be emulated on a GPU (330).
     """
     here = situation(cfg, device)
     chosen, violations = Chosen({}, {}), []
@@ -100,6 +104,7 @@ def choose_kernels(cfg: Config, device: torch.device) -> Chosen:
         chosen.asked[option] = str(asked)
         try:
             chosen.choices[option] = choose(op, str(asked), here)
+            _refuse_slow_fp8(chosen.choices[option], asked, here)
         except KernelUnavailable as error:
             violations.append(
                 Violation(
@@ -107,7 +112,7 @@ def choose_kernels(cfg: Config, device: torch.device) -> Chosen:
                     option=f"kernels.{option}",
                     value=asked,
                     rule=str(error),
-                    way_out=f"Use kernels.{option}=auto",
+                    way_out=_SLOW_FP8 if option == "fp8" else f"Use kernels.{option}=auto",
                 )
             )
     if violations:
@@ -115,10 +120,19 @@ def choose_kernels(cfg: Config, device: torch.device) -> Chosen:
     return chosen
 
 
+def _refuse_slow_fp8(choice: Choice, asked: object, here: Situation) -> None:
+    """Emulation is for CPUs and for who asks for it: fp8 that is slower than bf16 is not what `auto` stands for."""
+    if asked is Fp8Kernel.auto and here.device.type == "cuda" and choice.impl.name == Fp8Kernel.emulated:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+        raise KernelUnavailable(f"{choice.impl.op} would only be emulated on this GPU ({reasons})")
+
+
 def _has(cfg: Config, option: str, asked: object) -> bool:
     """Whether the run does it at all; a kernel for another optimizer is refused where it was asked for."""
     if option == "rotary":
         return cfg.model.positions is Positions.rotary
+    if option == "fp8":
+        return cfg.precision.fp8 is not Fp8.none
     if option == "optimizer":
         here = cfg.optim.name is OptimizerName.adamw and cfg.zero.offload_optimizer is Offload.none
         return here or asked is Kernel.triton

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -58,15 +59,20 @@ def start_ranks(count: int, cfg: Config, argv: list[str]) -> int:
     The first rank that fails ends the others. SIGTERM and SIGUSR1 reach every rank, which saves and stops; when this
     process dies in whatever way, the kernel sends them SIGTERM.
     """
+    store, environments = places(count, cfg)
+    code = supervise([sys.executable, "-m", "engine.train", *argv], environments)
+    del store  # It has to outlive the ranks.
+    return code
+
+
+def places(count: int, cfg: Config) -> tuple[dist.TCPStore, list[dict[str, str]]]:
+    """The environments of `count` local ranks, and the store at which they meet, which has to outlive them."""
     local = count if resolve_device_type(cfg.train.device) == "cpu" else 1
     store, meeting = meeting_point()
     common = dict(os.environ) | meeting
     common.setdefault("OMP_NUM_THREADS", str(cpu_threads(cfg.train.cpu_threads, local)))
     sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes} for rank in range(count)]
-    code = supervise([sys.executable, "-m", "engine.train", *argv], [common | place for place in places])
-    del store  # It has to outlive the ranks.
-    return code
+    return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes} for rank in range(count)]
 
 
 def meeting_point() -> tuple[dist.TCPStore, dict[str, str]]:
@@ -80,10 +86,17 @@ def meeting_point() -> tuple[dist.TCPStore, dict[str, str]]:
     return store, meeting
 
 
-def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+def supervise(
+    words: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    *,
+    output: IO[bytes] | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
     """Run `words` once in each of the environments, to their end, as `start_ranks` does; the exit code of all.
 
-    0 when all end well, 75 when some have saved and stopped, else that of the first that fails, or 128 and its signal.
+    What they print goes to `output`, if given. 0 when all end well, 75 when some have saved and stopped, else that of
+    the first that fails, or 128 and its signal.
     """
     sys.stdout.flush()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -97,12 +110,20 @@ def supervise(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -
     before = {number: signal.signal(number, forward) for number in (*FORWARDED, signal.SIGINT)}
     try:
         for env in environments:
-            ranks.append(subprocess.Popen(words, env=env, preexec_fn=die_with(os.getpid())))
+            ranks.append(
+                subprocess.Popen(
+                    words,
+                    env=env,
+                    stdout=output,
+                    stderr=None if output is None else subprocess.STDOUT,
+                    preexec_fn=die_with(os.getpid()),
+                )
+            )
             for number in came:
                 _forward(ranks[-1:], number, None)
         if early.received is not None:
             _forward(ranks, early.received, None)
-        return _watch(ranks)
+        return _watch(ranks, grace_s)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -129,8 +150,8 @@ def _forward(ranks: Sequence[subprocess.Popen[bytes]], number: int, frame: Frame
             rank.send_signal(number)
 
 
-def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all have ended; one that fails gives the others `GRACE_S` seconds, and then they are killed."""
+def _watch(ranks: Sequence[subprocess.Popen[bytes]], grace_s: float) -> int:
+    """Wait until all have ended; one that fails gives the others `grace_s` seconds, and then they are killed."""
     deadline, code = math.inf, 0
     while True:
         running = [rank for rank in ranks if rank.poll() is None]
@@ -138,7 +159,7 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         failed = [ending for ending in ended if ending not in (0, STOPPED)]
         if failed and not code:
             code = failed[0] if failed[0] > 0 else 128 - failed[0]
-            deadline = time.monotonic() + GRACE_S
+            deadline = time.monotonic() + grace_s
         if not running:
             return code or max(ended)
         if time.monotonic() > deadline:

@@ -31,7 +31,7 @@ from engine.model.build import build_layers
 from engine.model.layers import logical_tensors, random_weights
 from engine.observe import log
 from engine.observe.environment import environment
-from engine.observe.folder import METRICS_FILE, hold_run_folder, open_run_folder, usable_run_folder
+from engine.observe.folder import METRICS_FILE, MICRO_BATCH_FILE, hold_run_folder, open_run_folder, usable_run_folder
 from engine.optim.state import kinds_of
 from engine.parallel.logical import LogicalTensor
 from engine.plan.stages import stage_bounds
@@ -47,6 +47,8 @@ from engine.train.loop import Cursor, StopRequested, fit
 from engine.train.stop import StopSignal
 
 T = TypeVar("T")
+FOUND = "OCTANT_MICRO_BATCH"
+"""Variable with the record of how `train.micro_batch=auto` was found, for the run folder."""
 READY_FILE = "OCTANT_READY_FILE"
 """Variable that names a file to create when the ranks have met and the model is built, for probes of Kubernetes."""
 
@@ -137,6 +139,8 @@ def open_folder(cfg: Config, start: Cursor, device: torch.device) -> Path:
         (folder / "config.yaml").write_text(resolved_yaml(cfg))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
         (folder / "kernels.json").write_text(json.dumps(choose_kernels(cfg, device).record(), indent=1) + "\n")
+        if FOUND in os.environ:
+            (folder / MICRO_BATCH_FILE).write_text(os.environ[FOUND])
 
     _on_main(make)
     folder = Path(cfg.run.dir) / cfg.run.name
@@ -200,15 +204,19 @@ def go_on(cfg: Config, data: Data, device: torch.device) -> tuple[Reader | None,
     return reader, Cursor(int(facts["step"]), int(facts["samples"])), option
 
 
-def open_rank(cfg: Config) -> tuple[Engine, Split]:
-    """Engine and training data of a rank that `run_ranks` has started, for studies that step by themselves."""
+def open_rank(cfg: Config, *, empty: bool = False) -> tuple[Engine, Split]:
+    """Engine and training data of a rank that `run_ranks` has started, for studies that step by themselves.
+
+    Args:
+        empty: weights are zero.
+    """
     log.quiet_libraries(cfg.logging.verbose)
     world = dist.get_world_size()
     cuda = init.resolve_device_type(cfg.train.device) == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     init.set_numerics(device, cfg.train.cpu_threads or 1, world, tf32=cfg.precision.tf32)
     ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
-    return build_engine(cfg, ctx), open_data(cfg.data, cfg.model).train
+    return build_engine(cfg, ctx, empty=empty), open_data(cfg.data, cfg.model).train
 
 
 def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
@@ -220,6 +228,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     ancestors.watch(env.launcher)
     log.configure(env.rank)
     log.quiet_libraries(cfg.logging.verbose)
+    init.order_launches(cfg.parallel, cfg.zero.stage)
     device = init.local_device(init.resolve_device_type(cfg.train.device), env.local_rank)
     init.export(env)
     init.set_numerics(device, cfg.train.cpu_threads, env.local_world_size, tf32=cfg.precision.tf32)

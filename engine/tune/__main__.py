@@ -1,4 +1,4 @@
-"""`python -m engine.tune report SEARCH_FOLDER` and `python -m engine.tune lr_range [overrides]`."""
+"""`python -m engine.tune report SEARCH_FOLDER`, and `python -m engine.tune lr_range` or `micro_batch [overrides]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from engine.config import entry
 from engine.errors import LaunchError, nearest
 
-COMMANDS = ("report", "lr_range")
+COMMANDS = ("report", "lr_range", "micro_batch")
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +28,10 @@ def _command(argv: list[str]) -> int:
         from engine.tune import lr_range
 
         return lr_range.main(argv[1:])
+    if argv[0] == "micro_batch":
+        from engine.tune import micro_batch
+
+        return micro_batch.main(argv[1:])
     raise LaunchError.of(589, "command", argv[0], "no such command", nearest(argv[0], COMMANDS))
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from engine_kernels.attention_autograd import Gradients, differentiate_by, gradients_like
 from engine_kernels.documents import Documents, piece_starts
 from engine_kernels.reference.attention import AttentionDropout
 from engine_kernels.registry import Situation
@@ -188,28 +189,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     limits = _limits(starts, longest, scale, causal, window)
     packed = (_packed(x) for x in (q, k, v, out, do))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     _four()._flash_attn_bwd(*packed, lse, dq=dq, dk=dk, dv=dv, **limits)
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
+    return gradients_like(q, k, v)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, starts)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if do is None:
-        return (None,) * 8
-    return (*_backward(do, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
-
-
-_forward.register_autograd(_differentiate, setup_context=_remember)
+differentiate_by(_forward, _backward, tensors=1)

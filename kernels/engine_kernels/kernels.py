@@ -67,6 +67,12 @@ class GeluFn(Protocol):
     def __call__(self, h: Tensor, *, approximate: GeluForm) -> Tensor: ...
 
 
+class LinearFn(Protocol):
+    """x W^T + b, (..., D) and (O, D) -> (..., O)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
 class LinearCrossEntropyFn(Protocol):
     """See `engine_kernels.reference.linear_cross_entropy.linear_cross_entropy`."""
 
@@ -102,6 +108,8 @@ class AdamWFn(Protocol):
         eps: float,
         weight_decay: float,
         step: int,
+        grad_scale: Tensor | None = None,
+        copy_out: Tensor | None = None,
     ) -> None: ...
 
 
@@ -119,6 +127,22 @@ class Activations(NamedTuple):
     gelu: GeluFn
 
 
+class Linear(NamedTuple):
+    """An implementation of a linear layer, and what it takes."""
+
+    linear: LinearFn
+    multiple: int = 1
+    """Both sizes of the weight are multiples of it."""
+
+    def of_sizes(self, rows: int, columns: int) -> Linear:
+        """This one, or torch's for a weight (rows, columns) that it does not take."""
+        return self if rows % self.multiple == columns % self.multiple == 0 else PLAIN_LINEAR
+
+
+PLAIN_LINEAR = Linear(plain.linear)
+"""torch's, in the dtype of its operands."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """Chosen once, before the model is built; but for attention plain torch where nothing was chosen."""
@@ -129,6 +153,8 @@ class Kernels:
     rotate_qk: RotateFn = rotary.rotate_qk
     swiglu: SwigluFn = plain.swiglu
     gelu: GeluFn = plain.gelu
+    linear: Linear = PLAIN_LINEAR
+    """Of the blocks' projections."""
     linear_cross_entropy: LinearCrossEntropyFn | None = None
     """None: the loss is computed from logits."""
     adamw_step: AdamWFn | None = None
@@ -137,7 +163,7 @@ class Kernels:
 
 def kernels_of(choices: Mapping[str, Choice]) -> Kernels:
     """The functions of `choices`, by operation; "attention" is among them."""
-    names = {"rotary": "rotate_qk", "adamw": "adamw_step"}
+    names = {"rotary": "rotate_qk", "adamw": "adamw_step", "fp8_linear": "linear"}
     given: dict[str, Any] = {}
     for op, choice in choices.items():
         fn = choice.impl.fn

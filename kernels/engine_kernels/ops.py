@@ -8,10 +8,21 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from engine_kernels import flash, flex, plain, sdpa
+from engine_kernels import flash, flex, plain, scaled_mm, sdpa
 from engine_kernels.documents import Documents
-from engine_kernels.kernels import Activations, AdamWFn, AttentionFn, Kernels, LinearCrossEntropyFn, Norms, kernels_of
-from engine_kernels.reference.attention import AttentionDropout
+from engine_kernels.kernels import (
+    PLAIN_LINEAR,
+    Activations,
+    AdamWFn,
+    AttentionFn,
+    Kernels,
+    Linear,
+    LinearCrossEntropyFn,
+    Norms,
+    kernels_of,
+)
+from engine_kernels.reference import fp8_linear
+from engine_kernels.reference.attention import AttentionDropout, require_window
 from engine_kernels.reference.attention import attention as reference_attention
 from engine_kernels.reference.dropout import attention_keys, dropout, row_keys
 from engine_kernels.reference.rotary import rotate_qk
@@ -19,11 +30,13 @@ from engine_kernels.registry import Choice, Impl, Situation, choose, register
 from engine_kernels.sdpa import cudnn_attention, sdpa_attention
 
 __all__ = [
+    "PLAIN_LINEAR",
     "AdamWFn",
     "AttentionDropout",
     "AttentionFn",
     "Documents",
     "Kernels",
+    "Linear",
     "LinearCrossEntropyFn",
     "attention",
     "attention_keys",
@@ -68,8 +81,7 @@ def attention(
         KernelUnavailable: `implementation` cannot run this, with the reason.
         ValueError: `window` is less than 1.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: a query sees at least itself, so it is 1 or more")
+    require_window(window)
     situation = Situation(
         q_BSNH.device,
         q_BSNH.dtype,
@@ -134,3 +146,5 @@ for _op, _plain in (
     # Triton's first: where torch's is as good, it is reluctant.
     register(_triton(_op))
     register(Impl(_op, "torch", _always, _plain))
+register(Impl("fp8_linear", "scaled_mm", scaled_mm.supports, scaled_mm.linear))
+register(Impl("fp8_linear", "emulated", _always, fp8_linear.emulated))

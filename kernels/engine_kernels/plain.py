@@ -30,3 +30,8 @@ def swiglu(h: Tensor) -> Tensor:
 def gelu(h: Tensor, *, approximate: GeluForm) -> Tensor:
     """x Phi(x) (arXiv 1606.08415), or its tanh form, (..., F) -> (..., F)."""
     return F.gelu(h, approximate=approximate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, (..., D) and (O, D) -> (..., O)."""
+    return F.linear(x, weight, bias)

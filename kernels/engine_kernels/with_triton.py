@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from engine_kernels.interpreter import interpreted
@@ -55,11 +57,15 @@ def _fusible(s: Situation) -> str | None:
 
 
 def _unmeasured(s: Situation) -> str | None:
-    return _interpreted(s) or "is taken when asked for: whole training steps with it are not measured yet"
+    if s.device.type == "cuda" and (s.dtype is not torch.bfloat16 or s.cut):
+        return "is taken when asked for: whole training steps are measured in bf16 alone, with uncut vocabularies"
+    return _interpreted(s)
 
 
 def _scattered(s: Situation) -> str | None:
-    return _unmeasured(s) if s.flat else "is launched for each parameter alone, where torch steps many at once"
+    if not s.flat:
+        return "is launched for each parameter alone, where torch steps many at once"
+    return _unmeasured(replace(s, cut=False))
 
 
 IMPLS = {

@@ -122,6 +122,14 @@ COMMANDS = {
     "python -m engine.plan --world 8 experiment=first_light": Plan(
         says=("global batch: N samples = N tokens; ZeRO-N", "one_f_one_b with N micro-batches: bubble N%")
     ),
+    "python -m engine.plan hardware=h200 model=llama_8b precision=bf16 data.seq_len=4096 --world 4 "
+    "train.micro_batch=auto": Plan(
+        says=(
+            "global batch: N samples = N tokens; ZeRO-N",
+            "fits: N GiB of N GiB, N GiB of room beside a margin of N GiB",
+            "recompute: none N GiB, selective N GiB, full N GiB, of N GiB: train.recompute=none is the least that fits",
+        )
+    ),
     "python -m engine.study timeline parallel=interleaved train.accum_steps=8 train.steps=4 train.device=cpu "
     "run.name=lanes": Plan("data=random data.seq_len=16"),
     "python -m engine.study parity --quick": Plan(PARITY, says=PARITY_SAYS),

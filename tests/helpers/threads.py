@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.dist import collectives
 from engine.dist.context import SINGLE, AxisGroup, ParallelContext
 from engine.topology.grid import Coord, Grid
 
@@ -28,6 +29,7 @@ class _Meeting:
         self._barrier = threading.Barrier(size, timeout=_TIMEOUT_S)
         self._parts: list[Tensor] = [torch.empty(0)] * size
         self._mine = threading.local()
+        self.group_name = f"meeting {id(self)}"
 
     def join(self, rank: int) -> None:
         self._mine.rank = rank
@@ -50,7 +52,8 @@ class _Meeting:
         self._barrier.abort()
 
 
-def _all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+def _all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> None:
+    assert not async_op, "threads meet in person"
     parts = torch.stack(group.exchange(tensor))
     tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
 
@@ -95,6 +98,7 @@ def on_axis(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
     with ExitStack() as stack:
         for name, call in _CALLS.items():
             stack.enter_context(patch.object(dist, name, call))
+        stack.enter_context(patch.object(collectives, "resolve", {meeting.group_name: meeting}.__getitem__))
         pool = stack.enter_context(ThreadPoolExecutor(size))
         futures = [pool.submit(body, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception()) is not None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine_kernels.reference import activation as reference
-from engine_kernels.triton import activation, rows
+from engine_kernels.triton import activation
 from tests.helpers.twice import assert_twice_as_good
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -241,7 +241,7 @@ def test_triton_refuses_more(op: str, device: torch.device, monkeypatch: pytest.
     with pytest.raises(ValueError) as error:
         ours(op, torch.ones(3, 8, device=device, dtype=torch.float64), None)
     assert str(error.value) == "h is torch.float64: Triton kernels take fp32, bf16 and fp16"
-    monkeypatch.setattr(rows, "INTERPRETED", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError) as error:
         ours(op, torch.ones(3, 8), None)
     assert str(error.value) == "h is on cpu: Triton kernels need a CUDA device, or TRITON_INTERPRET=1 set"

@@ -40,7 +40,10 @@ REFUSED: list[tuple[Callable[[], dict[str, Any]], str]] = [
     (lambda: {"grad_scale": torch.ones((), device="meta")}, r"grad_scale on meta must lie beside"),
 ]
 REFUSED_BY_TRITON: list[tuple[Callable[[], dict[str, Any]], str]] = [
-    (lambda: {"parameter": torch.zeros(6).double()}, r"parameter in torch.float64 must be in torch.float32"),
+    (
+        lambda: {"parameter": torch.zeros(6).double()},
+        r"parameter in torch.float64 must be in torch.float32 or torch.bfloat16",
+    ),
     (lambda: {"exp_avg": torch.zeros(6).bfloat16()}, r"exp_avg in torch.bfloat16 must be in torch.float32"),
     (lambda: {"exp_avg_sq": torch.zeros(6).bfloat16()}, r"exp_avg_sq in torch.bfloat16 must be in torch.float32"),
     (
@@ -73,5 +76,10 @@ def test_refusals_of_dtypes(changes: Callable[[], dict[str, Any]], message: str,
 
 
 def test_a_cpu_is_refused_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "interpreted", lambda: False)
-    refuse(fused.adamw_step, dict, r"parameter on cpu must lie on a CUDA device", torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    refuse(
+        fused.adamw_step,
+        dict,
+        r"parameter is on cpu: Triton kernels need a CUDA device, or TRITON_INTERPRET=1 set",
+        torch.device("cpu"),
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.model.rope import RotaryTable
 from engine_kernels.reference import rotary as reference
-from engine_kernels.triton import rotary, rows
+from engine_kernels.triton import rotary
 from tests.helpers.twice import assert_twice_as_good
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -257,6 +257,6 @@ def test_triton_refuses_more(device: torch.device, monkeypatch: pytest.MonkeyPat
     double["k_BSKH"] = double["q_BSNH"]
     message = "q_BSNH is torch.float64: Triton kernels take fp32, bf16 and fp16"
     assert refused(rotary, device, **double) == message
-    monkeypatch.setattr(rows, "INTERPRETED", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     message = "q_BSNH is on cpu: Triton kernels need a CUDA device, or TRITON_INTERPRET=1 set"
     assert refused(rotary, torch.device("cpu")) == message

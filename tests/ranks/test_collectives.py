@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.dist import collectives as c
 from engine.dist.context import AxisGroup
-from engine.parallel.linear import column_linear
+from engine.parallel.split_linear import column_linear
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -33,8 +33,9 @@ def test_a_small_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest.C
     rows = json.loads(out.read_text())["cases"]
     assert len(rows) == 12
     seen = {word for row in rows for word in row["case"].split()}
-    assert seen >= {"pp4", "cp4", "tp4+sequence", "dp8", "zero3+offload", "accum8", "interleaved", "dualpipev"}
+    assert seen >= {"pp4", "cp4", "tp4", "tp2+sequence", "dp8", "zero3+offload", "accum8", "interleaved", "dualpipev"}
     assert seen >= {"gpt2", "llama", "bert", "neox", "qwen2", "variable", "dropout0.1", "smoothed", "recompute-full2"}
+    assert seen >= {"recompute-nested2", "recompute-offload2", "tiles-mlp", "tiles-block"}
     # A layout that adds in the oracle's order may agree to the bit; most do not, unless nothing is compared.
     assert sum(row["errors"]["gradient"] > 0 for row in rows) >= 9
     for row in rows:

@@ -14,6 +14,66 @@ def partial_square_length(n: int) -> int:
     return -(-n // BLOCK)
 
 
+def rounding_salt(step: int) -> int:
+    """int32 that the rounding of bf16 state depends on beside the place of an element."""
+    return _signed(step * 0x85EBCA77 + 0x165667B1)
+
+
+def _signed(x: int) -> int:
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def random_bits(n: int, salt: int, device: torch.device) -> Tensor:
+    """int32 (n,): the last steps of MurmurHash3 (32 bits) over the place of each element."""
+
+    def times(x: Tensor, factor: int) -> Tensor:
+        return (x * factor).bitwise_and(0xFFFFFFFF)
+
+    x = times(torch.arange(n, device=device), 0x9E3779B1) ^ (salt % 2**32)
+    x = times(x ^ (x >> 16), 0x85EBCA6B)
+    x = times(x ^ (x >> 13), 0xC2B2AE35)
+    x = x ^ (x >> 16)
+    return (x - (x >> 31) * 2**32).int()
+
+
+def round_by_chance(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 (n,) in bf16, rounded up with the chance that brings the mean of many to `x` (arXiv 2010.06192).
+
+    Args:
+        bits: int32 (n,), 16 random bits each.
+    """
+    raw = x.view(torch.int32)
+    moved = torch.where(x.isfinite(), raw + bits, raw) & -65536
+    return torch.where(x.isnan(), x, moved.view(torch.float32)).bfloat16()
+
+
+def _stepped(
+    weights: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    beta1, beta2 = betas
+    mean = mean.lerp(gradient, 1 - beta1)
+    square = (square * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    moved = (weights * (1 - lr * weight_decay)).addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+    return moved, mean, square
+
+
+def _in_bf16(moved: Tensor, mean: Tensor, square: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    bits = random_bits(moved.numel(), rounding_salt(step), moved.device)
+    first, second, third = (
+        round_by_chance(x, (bits >> shift) & 0xFFFF) for x, shift in ((moved, 0), (mean, 8), (square, 16))
+    )
+    return first, second, third
+
+
 def check_adamw(
     parameter: Tensor,
     gradient: Tensor,
@@ -80,6 +140,9 @@ def adamw_step(
     g <- grad_scale g; m <- b1 m + (1 - b1) g; v <- b2 v + (1 - b2) g^2;
     w <- w - lr weight_decay w - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps).
 
+    bf16 state is computed in fp32 and rounded by chance, since steps are often smaller than half of what bf16
+    can tell apart, and would be lost.
+
     Args:
         parameter, exp_avg, exp_avg_sq: w, m and v, (n,), contiguous, of one floating dtype.
         gradient: g, (n,), any floating dtype and stride.
@@ -99,17 +162,16 @@ def adamw_step(
         parameter, gradient, exp_avg, exp_avg_sq, lr, betas, eps, weight_decay, step, grad_scale, copy_out,
         partial_square,
     )  # fmt: skip
-    beta1, beta2 = betas
     raw = gradient.to(torch.promote_types(parameter.dtype, torch.float32))
     keep = torch.ones((), dtype=torch.bool, device=parameter.device)
     scaled = raw
     if grad_scale is not None:
         factor = grad_scale.reshape(())
         keep, scaled = ~factor.isnan(), raw * factor.to(raw.dtype)
-    mean = exp_avg.lerp(scaled, 1 - beta1)
-    square = (exp_avg_sq * beta2).addcmul_(scaled, scaled, value=1 - beta2)
-    denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    moved = (parameter * (1 - lr * weight_decay)).addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+    weights, mean, square = (x.to(raw.dtype) for x in (parameter, exp_avg, exp_avg_sq))
+    moved, mean, square = _stepped(weights, mean, square, scaled, lr, betas, eps, weight_decay, step)
+    if parameter.dtype is torch.bfloat16:
+        moved, mean, square = _in_bf16(moved, mean, square, step)
     for old, new in ((parameter, moved), (exp_avg, mean), (exp_avg_sq, square)):
         old.copy_(torch.where(keep, new, old))
     if copy_out is not None:

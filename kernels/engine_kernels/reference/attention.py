@@ -29,6 +29,12 @@ def key_mask(lengths_B: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=lengths_B.device) < lengths_B.clamp(min=1)[:, None]
 
 
+def require_window(window: int | None) -> None:
+    """Raise ValueError for a window that does not hold the query itself."""
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: a query sees at least itself, so it is 1 or more")
+
+
 def band(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
     """bool (`length`, `length`): keys less than `window` positions away, for `causal` not after the query."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_kernels.interpreter import interpreted
-from engine_kernels.reference.adamw import BLOCK, check_adamw, partial_square_length
+from engine_kernels.interpreter import require_gpu
+from engine_kernels.reference.adamw import BLOCK, check_adamw, partial_square_length, rounding_salt
 
 __all__ = ["adamw_step", "partial_square_length"]
 
@@ -55,8 +55,28 @@ def _root(x):
 
 
 @triton.jit
+def random_bits(index, salt):
+    """int32 of which all bits look random: as `engine_kernels.reference.adamw.random_bits`."""
+    x = (index * -1640531535) ^ salt
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@triton.jit
+def _rounded(x, bits, DTYPE: tl.constexpr):
+    """fp32 `x` in DTYPE; in bf16 rounded up with the chance that `bits` (16 of them, int32) give, for the same mean."""
+    if tl.bfloat16 == DTYPE:
+        raw = x.to(tl.int32, bitcast=True)
+        # What is not finite has no neighbour to be rounded to.
+        moved = tl.where((raw & 0x7F800000) == 0x7F800000, raw, raw + bits) & -65536
+        x = tl.where(x == x, moved.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def _adamw_block(
-    parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside,
+    parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside, first, salt,
     decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2,
     BLOCK: tl.constexpr, SHORT1: tl.constexpr, SHORT2: tl.constexpr,
 ):  # fmt: skip
@@ -64,9 +84,9 @@ def _adamw_block(
     # Four elements of a thread in every dtype: eight of 16 bits would tear the vectors of fp32 apart.
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), [4])
     g = tl.load(gradient + lanes, mask=inside, other=0.0, eviction_policy=_EVICT).to(tl.float32)
-    w = tl.load(parameter + lanes, mask=inside, eviction_policy=_EVICT)
-    mean = tl.load(exp_avg + lanes, mask=inside, eviction_policy=_EVICT)
-    square = tl.load(exp_avg_sq + lanes, mask=inside, eviction_policy=_EVICT)
+    w = tl.load(parameter + lanes, mask=inside, eviction_policy=_EVICT).to(tl.float32)
+    mean = tl.load(exp_avg + lanes, mask=inside, eviction_policy=_EVICT).to(tl.float32)
+    square = tl.load(exp_avg_sq + lanes, mask=inside, eviction_policy=_EVICT).to(tl.float32)
     keep = True
     if grad_scale is not None:
         factor = tl.load(grad_scale)
@@ -81,16 +101,22 @@ def _adamw_block(
     mean, square = _moments(mean, square, g, beta1, weight1, beta2, weight2, SHORT1, SHORT2)
     ratio = mean / tl.fma(_root(square), root_scale, eps)
     w = w - tl.fma(w, decay, ratio * step_size)
-    tl.store(parameter + lanes, w, mask=inside, eviction_policy=_EVICT)
+    STATE: tl.constexpr = parameter.dtype.element_ty
+    bits = tl.zeros([BLOCK], tl.int32)
+    if tl.bfloat16 == STATE:
+        bits = random_bits(first + lanes, salt)
+    tl.store(parameter + lanes, _rounded(w, bits & 0xFFFF, STATE), mask=inside, eviction_policy=_EVICT)
+    mean = _rounded(mean, (bits >> 8) & 0xFFFF, STATE)
     tl.store(exp_avg + lanes, mean, mask=inside, eviction_policy=_EVICT)
+    square = _rounded(square, (bits >> 16) & 0xFFFF, STATE)
     tl.store(exp_avg_sq + lanes, square, mask=inside, eviction_policy=_EVICT)
     if copy_out is not None:
         tl.store(copy_out + lanes, w.to(copy_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "salt"])
 def _adamw_kernel(
-    parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, n,
+    parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, n, salt,
     decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2,
     BLOCK: tl.constexpr, SHORT1: tl.constexpr, SHORT2: tl.constexpr,
 ):  # fmt: skip
@@ -107,14 +133,14 @@ def _adamw_kernel(
     if start + BLOCK <= n:
         inside = tl.full([BLOCK], True, tl.int1)
         _adamw_block(
-            parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside,
-            decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2, BLOCK, SHORT1, SHORT2,
+            parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside, start.to(tl.int32),
+            salt, decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2, BLOCK, SHORT1, SHORT2,
         )  # fmt: skip
     else:
         inside = tl.arange(0, BLOCK) < n - start
         _adamw_block(
-            parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside,
-            decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2, BLOCK, SHORT1, SHORT2,
+            parameter, gradient, exp_avg, exp_avg_sq, grad_scale, copy_out, partial_square, inside, start.to(tl.int32),
+            salt, decay, step_size, root_scale, eps, beta1, weight1, beta2, weight2, BLOCK, SHORT1, SHORT2,
         )  # fmt: skip
 
 
@@ -149,6 +175,7 @@ def _adamw(
             copy_out,
             partial_square,
             n,
+            rounding_salt(step),
             lr * weight_decay,
             lr / (1 - beta1**step),
             1 / math.sqrt(1 - beta2**step),
@@ -179,11 +206,11 @@ def _check_for_triton(
     partial_square: Tensor | None,
 ) -> None:
     halves = (torch.bfloat16, torch.float16)
-    single = (torch.float32,)
+    single, states = (torch.float32,), (torch.float32, torch.bfloat16)
     for name, tensor, dtypes in (
-        ("parameter", parameter, single),
-        ("exp_avg", exp_avg, single),
-        ("exp_avg_sq", exp_avg_sq, single),
+        ("parameter", parameter, states),
+        ("exp_avg", exp_avg, (parameter.dtype,)),
+        ("exp_avg_sq", exp_avg_sq, (parameter.dtype,)),
         ("gradient", gradient, (*single, *halves)),
         ("grad_scale", grad_scale, single),
         ("copy_out", copy_out, halves),
@@ -191,8 +218,7 @@ def _check_for_triton(
     ):
         if tensor is not None and tensor.dtype not in dtypes:
             raise ValueError(f"{name} in {tensor.dtype} must be in {' or '.join(map(str, dtypes))}")
-    if parameter.device.type != "cuda" and not interpreted():
-        raise ValueError(f"parameter on {parameter.device} must lie on a CUDA device: Triton compiles for no other")
+    require_gpu("parameter", parameter)
 
 
 @torch.no_grad()
@@ -217,8 +243,8 @@ def adamw_step(
     1.8e19 has an infinite square, which leaves its element at rest.
 
     Args:
-        parameter, exp_avg, exp_avg_sq: (n,), fp32, contiguous; n may pass 2^31. Fastest where their addresses, and
-            those of `gradient` and `copy_out`, are multiples of 16 bytes.
+        parameter, exp_avg, exp_avg_sq: (n,), all fp32 or all bf16, contiguous; n may pass 2^31. Fastest where their
+            addresses, and those of `gradient` and `copy_out`, are multiples of 16 bytes.
         gradient: (n,), fp32, bf16 or fp16; copied where it is not contiguous.
         lr, eps, weight_decay: not negative.
         betas: in [0, 1).

@@ -7,17 +7,17 @@ same bits.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine_kernels.attention_autograd import Gradients, differentiate_by, gradients_like
 from engine_kernels.documents import Documents, piece_starts
-from engine_kernels.interpreter import interpreted
-from engine_kernels.reference.attention import AttentionDropout
+from engine_kernels.interpreter import require_gpu
+from engine_kernels.reference.attention import AttentionDropout, require_window
 from engine_kernels.reference.dropout import keep_limit, mask_salt
 from engine_kernels.triton.attention_backward import delta_kernel, keys_kernel, queries_kernel
 from engine_kernels.triton.attention_forward import forward_kernel
@@ -84,8 +84,9 @@ def _require_fitting(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Non
             raise ValueError(f"{name} has shape {tuple(x.shape)}: attention takes (batch, sequence, heads, head dim)")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise ValueError(f"{name} is {x.dtype}: attention in Triton takes bf16, fp16 or fp32, the same for q, k, v")
-        if x.device != q.device or (x.device.type != "cuda" and not interpreted()):
-            raise ValueError(f"{name} is on {x.device}: attention in Triton takes tensors of one CUDA device")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q_BSNH on {q.device}: attention takes tensors of one device")
+        require_gpu(name, x)
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k_BSKH {tuple(k.shape)} and v_BSKH {tuple(v.shape)} do not go with q_BSNH {tuple(q.shape)}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -94,8 +95,7 @@ def _require_fitting(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Non
         raise ValueError(f"q_BSNH has head dim {q.shape[3]}: attention in Triton takes 1 to {WIDEST}")
     if max(q.shape[1] * max(x.stride(1), q.shape[2] * q.shape[3]) for x in (q, k, v)) >= 2**31:
         raise ValueError(f"q_BSNH has shape {tuple(q.shape)}: a row of q, k and v may span less than 2^31 elements")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: a query sees at least itself, so it is 1 or more")
+    require_window(window)
 
 
 class _Launch(NamedTuple):
@@ -130,9 +130,10 @@ def _launch(
     p: float,
 ) -> _Launch:
     _, S, N, H = q.shape
+    width = max(32, triton.next_power_of_2(H))
     descriptors = all(map(_can_be_described, (q, k, *others)))
     return _Launch(
-        width=max(32, triton.next_power_of_2(H)),
+        width=width,
         descriptors=descriptors,
         bounds=(q, q) if starts is None else _bounds(starts, q),
         row_keys=q if row_keys is None else row_keys,
@@ -141,7 +142,7 @@ def _launch(
         window=window,
         drop=(mask_salt(0), keep_limit(p), 1 / (1 - p)) if p else (0, 0, 0.0),
         flags={
-            "WIDTH": max(32, triton.next_power_of_2(H)),
+            "WIDTH": width,
             "CAUSAL": causal,
             "WINDOW": window > 0,
             "BOUNDS": starts is not None,
@@ -169,11 +170,6 @@ def _bounds(starts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return begin, end
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _blocks(table: dict[int, Blocks], q: Tensor, width: int) -> Blocks:
     return SINGLE if q.dtype == torch.float32 else table[width]
 
@@ -195,7 +191,7 @@ def _forward(
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _vectors(q)
     if out.numel() == 0:
         return out, lse
-    with _on(q.device):
+    with torch.cuda.device_of(q):  # where Triton launches
         go = _launch(q, k, (v,), starts, row_keys, causal, scale, window, p)
         use = _blocks(FORWARD, q, go.width)
         forward_kernel[(triton.cdiv(S, use.M), B * N)](
@@ -232,10 +228,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     B, S, N, _ = q.shape
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     if dq.numel() == 0:
         return dq, dk, dv
-    with _on(q.device):
+    with torch.cuda.device_of(q):  # where Triton launches
         if S * do.stride(1) >= 2**31:
             do = do.contiguous()
         go = _launch(q, k, (v, do), starts, row_keys, causal, scale, window, p)
@@ -259,24 +255,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return cast(
-        tuple[Tensor, Tensor, Tensor],
-        tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
-    )
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Gradients:
+    return gradients_like(q, k, v)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, row_keys, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, starts, row_keys)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if do is None:
-        return (None,) * 9
-    return (*_backward(do, *ctx.saved_tensors, *ctx.options), *(None,) * 6)
-
-
-_forward.register_autograd(_differentiate, setup_context=_remember)
+differentiate_by(_forward, _backward, tensors=2)

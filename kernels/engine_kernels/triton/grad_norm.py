@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_kernels.interpreter import interpreted
+from engine_kernels.interpreter import require_gpu
 from engine_kernels.reference.grad_norm import check_clip, check_factor, check_tensors
 
 _CHUNK = 32768
@@ -105,12 +105,7 @@ def _check(tensors: Sequence[Tensor]) -> None:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"tensors[{i}] in {tensor.dtype} must be in {', '.join(map(str, _DTYPES))}")
     if tensors:
-        _check_device("tensors[0]", tensors[0])
-
-
-def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cuda" and not interpreted():
-        raise ValueError(f"{name} on {tensor.device} must lie on a CUDA device: Triton compiles for no other")
+        require_gpu("tensors[0]", tensors[0])
 
 
 @torch.library.custom_op("octant::squared_norm", mutates_args=())
@@ -228,5 +223,5 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
         ValueError: `norm` is not one floating number or on no CUDA device; `max_norm` is not positive.
     """
     check_clip(norm, max_norm)
-    _check_device("norm", norm)
+    require_gpu("norm", norm)
     return _clip_factor(norm, max_norm)

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from engine_kernels.interpreter import interpreted
+from engine_kernels.interpreter import require_gpu
 from engine_kernels.reference.linear_cross_entropy import check_linear_cross_entropy
 from engine_kernels.triton.linear_cross_entropy_rows import VECTOR_BYTES, Rows, scale_in_place
 
@@ -32,8 +32,6 @@ TOKENS_MULTIPLE = 128
 """Of a chunk's tokens: the height of cuBLAS's tiles."""
 FP16_TOKENS = 8192
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton reads the variable when the kernels are defined, which is now.
-_INTERPRETED = interpreted()
 
 
 def _chunks(tokens: int, row_bytes: int) -> list[slice]:
@@ -242,8 +240,7 @@ def linear_cross_entropy(
     for name, tensor in (("x_TD", x_TD), ("bias_V", bias_V)):
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} of {tensor.dtype} is not of torch.float32, torch.bfloat16 or torch.float16")
-    if x_TD.device.type != "cuda" and not _INTERPRETED:
-        raise ValueError(f"x_TD on {x_TD.device} is not on a GPU, and TRITON_INTERPRET=1 was not set at the import")
+    require_gpu("x_TD", x_TD)
     learns = torch.is_grad_enabled()
     loss, *_ = _linear_cross_entropy(
         x_TD,

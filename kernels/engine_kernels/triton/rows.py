@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_kernels.interpreter import interpreted
+from engine_kernels.interpreter import require_gpu
 
-INTERPRETED = interpreted()
-"""Of the kernels, which are defined when their modules are imported."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED_MULTIPROCESSORS = 2
 
@@ -30,8 +28,7 @@ def require_triton(name: str, x: Tensor) -> None:
     """
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name} is {x.dtype}: Triton kernels take fp32, bf16 and fp16")
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"{name} is on {x.device}: Triton kernels need a CUDA device, or TRITON_INTERPRET=1 set")
+    require_gpu(name, x)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.config import rules_memory, rules_parallel
-from engine.config.enums import PipelineSchedule
+from engine.config.enums import Device, PipelineSchedule, PipelineTransport, TpOverlap
 from engine.config.rules import check
 from engine.config.rules_parallel import fits
 from engine.config.schema import Config
@@ -38,6 +38,22 @@ CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
         "parallel.dp=4",
         "the launcher gave world_size 4 = pp(1) * context(2) * tp(1) * dp(2)",
         "Use parallel.dp=2, or start 8 ranks",
+    ),
+    (
+        {"parallel__tp_overlap": TpOverlap.symmetric, "train__device": Device.cpu},
+        1,
+        230,
+        "parallel.tp_overlap=symmetric",
+        "copy engines are GPUs', and train.device is cpu",
+        "Use parallel.tp_overlap=auto",
+    ),
+    (
+        {"parallel__pipeline_transport": PipelineTransport.copy_engine, "train__device": Device.cpu},
+        1,
+        231,
+        "parallel.pipeline_transport=copy_engine",
+        "copy engines are GPUs', and train.device is cpu",
+        "Use parallel.pipeline_transport=auto",
     ),
     (
         {"zero__stage": 3, "parallel__pp": 2},

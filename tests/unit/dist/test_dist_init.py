@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Device
+from engine.config.enums import PipelineTransport, TpOverlap
 from engine.config.launch_env import LaunchEnv
+from engine.config.schema import ParallelConfig
 from engine.dist import init
 from engine.dist.context import ParallelContext
 from engine.errors import LaunchError, Violation
@@ -65,6 +67,30 @@ def test_threads_of_a_rank(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert init.cpu_threads(asked, ranks) == found
+
+
+@pytest.mark.parametrize(
+    ("parallel", "zero_stage", "connections"),
+    [
+        (ParallelConfig(tp=2), 1, "1"),
+        (ParallelConfig(tp=2, tp_overlap=TpOverlap.chunked), 2, "1"),
+        (ParallelConfig(tp=2, tp_overlap=TpOverlap.symmetric), 1, None),
+        (ParallelConfig(tp=2, tp_overlap=TpOverlap.none), 1, None),
+        (ParallelConfig(tp=2, pp=2), 1, None),
+        (ParallelConfig(pp=2, pipeline_transport=PipelineTransport.copy_engine), 1, "32"),
+        (ParallelConfig(tp=2), 3, None),
+        (ParallelConfig(), 1, None),
+    ],
+)
+def test_queues_of_launches(
+    monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, zero_stage: int, connections: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    init.order_launches(parallel, zero_stage)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "4"
+    init.order_launches(parallel, zero_stage)
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "4"
 
 
 def test_the_rank_is_exported_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

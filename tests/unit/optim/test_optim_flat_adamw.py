@@ -128,6 +128,9 @@ def test_a_tensor_without_gradient_stays() -> None:
     assert list(optimizer.state) == [found[0]]
 
 
+NONE = {"grad_scale": None, "copy_out": None}
+
+
 def test_the_kernel_sees_flat_tensors_and_the_options_of_the_group() -> None:
     seen: list[dict[str, Any]] = []
 
@@ -138,7 +141,7 @@ def test_the_kernel_sees_flat_tensors_and_the_options_of_the_group() -> None:
     parameter.grad = torch.ones(6, 7).t()
     optimizer = FlatAdamW([{"params": [parameter], "weight_decay": 0.1}], **OPTIONS, update=update)
     optimizer.step()
-    assert seen == [{"shapes": [(42,)] * 4, **OPTIONS, "weight_decay": 0.1, "step": 1}]
+    assert seen == [{"shapes": [(42,)] * 4, **OPTIONS, "weight_decay": 0.1, "step": 1, **NONE}]
 
 
 def test_a_mistake_is_refused_by_the_kernel() -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.enums import DType, Offload
+from engine.config.enums import DType, Offload, Recompute
 from engine.errors import ConfigError
 from engine.plan.costs import total_parameters
-from engine.plan.host import available_bytes, host_bytes, require, snapshot_bytes
+from engine.plan.host import available_bytes, host_bytes, input_bytes, require, snapshot_bytes
 from engine.plan.memory import memory
 from tests.helpers.configs import make
 
@@ -58,6 +58,25 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
     assert str(violation).startswith("[OCT383] checkpoint.every=10: checkpoints of 4 ranks of this host need 0.0 GiB")
     assert violation.way_out == "Use checkpoint.every=0, or spread the replicas over at least 3 such hosts"
     require(make(checkpoint__every=11, train__steps=10), 8, 4, available=0)
+
+
+def test_inputs_of_groups_that_do_not_fit_are_refused() -> None:
+    cfg = make(**OFFLOAD, train__recompute=Recompute.full, train__recompute_offload=True, model__max_positions=2**22)
+    cfg.data.seq_len = 2**22
+    inputs, offloaded = input_bytes(cfg, 2, 2), host_bytes(cfg, 2, 2)
+    # Four blocks, two sequences, 48 wide in bf16, on both ranks.
+    assert inputs == [2 * 4 * 2 * 2**22 * 48 * 2]
+    require(cfg, 2, 2, available=inputs[0] + offloaded[0])
+    with pytest.raises(ConfigError) as caught:
+        require(cfg, 2, 2, available=inputs[0] + offloaded[0] - 1)
+    (violation,) = caught.value.violations
+    free = (inputs[0] + offloaded[0]) / 2**30
+    assert str(violation) == (
+        f"[OCT396] train.recompute_offload=true: inputs of recomputed groups of 2 ranks of this host need "
+        f"{inputs[0] / 2**30:.1f} GiB in its memory beside {offloaded[0] / 2**30:.1f} GiB of offloaded state, and "
+        f"{free:.1f} GiB are free. Use train.recompute_interval=2, which keeps half of them, "
+        "train.recompute_offload=false, or spread the replicas over at least 2 such hosts"
+    )
 
 
 def test_what_fits_and_what_is_not_offloaded_passes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,30 +13,29 @@ from torch import Tensor, nn
 from engine.config.enums import (
     Activation,
     Attention,
+    Balance,
     DType,
     Family,
+    Fp8,
     Offload,
     OptimizerName,
     PipelineSchedule,
     Positions,
     Recompute,
 )
+from engine.config.load import load
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
+from engine.dist.init import DTYPES
 from engine.model.build import build_layers
-from engine.plan.costs import total_parameters
-from engine.plan.memory import (
-    activation_bytes,
-    block_activation_bytes,
-    memory,
-    rank_parameters,
-    state_bytes,
-    step_timeline,
-)
+from engine.plan.activations import Kept, activation_bytes, block_activation_bytes
+from engine.plan.costs import layer_costs, parameter_counts, total_parameters
+from engine.plan.memory import memory, rank_parameters, state_bytes, step_timeline
 from engine.plan.stages import chunk_owners, chunks, layers_of, stage_bounds
 from engine.topology.schedule import build
-from engine_kernels.ops import Kernels
+from engine_kernels.ops import Kernels, sdpa_attention
 from engine_kernels.reference.attention import attention
+from engine_kernels.reference.fp8_linear import emulated
 from tests.helpers.configs import make
 
 INTERLEAVED = {
@@ -47,14 +47,22 @@ INTERLEAVED = {
 DUALPIPEV = {"parallel__pp": 2, "parallel__schedule": PipelineSchedule.dualpipev, "train__accum_steps": 4}
 
 
-def kept_bytes(cfg: Config) -> int:
+def kept_bytes(cfg: Config, kernels: Kernels | None = None) -> int:
     """Bytes of the tensors that autograd keeps in one block's forward pass, parameters left out."""
-    layers = build_layers(cfg, ParallelContext.single(), Kernels(attention=attention))
+    layers = build_layers(cfg, ParallelContext.single(), kernels or Kernels(attention=attention))
     block = next(layer for layer in layers if layer.name == "block.0").factory()
     with torch.no_grad():
         for parameter in block.parameters():
             nn.init.normal_(parameter)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    block.to(DTYPES[cfg.precision.dtype])
+    shape = (cfg.train.micro_batch, cfg.data.seq_len, cfg.model.hidden_size)
+    x = torch.randn(shape, dtype=DTYPES[cfg.precision.dtype], requires_grad=True)
+    return counted(lambda: block(x), list(block.parameters()))
+
+
+def counted(run: Callable[[], object], parameters: list[nn.Parameter]) -> int:
+    """Bytes that autograd keeps in `run`, without `parameters`."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -62,9 +70,8 @@ def kept_bytes(cfg: Config) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x = torch.randn(cfg.train.micro_batch, cfg.data.seq_len, cfg.model.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(x)
+        run()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -87,6 +94,32 @@ def test_a_block_keeps_what_is_predicted(changes: dict[str, Any]) -> None:
     cfg = make(kernels__attention=Attention.reference, **changes)
     # Means and standard deviations of the norms and the causal mask are what is left out.
     assert kept_bytes(cfg) == pytest.approx(block_activation_bytes(cfg), rel=0.03)
+
+
+@pytest.mark.parametrize("core", [Attention.reference, Attention.sdpa])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__activation": Activation.swiglu, "model__bias": False}, {"model__ffn_size": 100}],
+    ids=str,
+)
+def test_linears_in_fp8_change_what_a_block_keeps_as_predicted(changes: dict[str, Any], core: Attention) -> None:
+    # Wide enough that a byte per head and position is not lost among scales and means.
+    cfg = make(kernels__attention=core, precision__dtype=DType.bf16, model__hidden_size=96, **changes)
+    low = replace(cfg, precision=replace(cfg.precision, fp8=Fp8.tensorwise))
+    kernels = Kernels(attention=attention if core is Attention.reference else sdpa_attention, linear=emulated)
+    measured = kept_bytes(low, kernels) - kept_bytes(cfg, kernels)
+    scales = 64
+    assert measured == pytest.approx(block_activation_bytes(low) - block_activation_bytes(cfg), abs=scales)
+
+
+def test_fp8_keeps_gathered_positions_and_saves_nothing_where_some_blocks_stay_in_bf16() -> None:
+    # Of the four linears mlp.up and mlp.down have sizes for fp8.
+    cfg = make(precision__dtype=DType.bf16, parallel__tp=2, parallel__sequence=True, model__ffn_size=128)
+    low = replace(cfg, precision=replace(cfg.precision, fp8=Fp8.tensorwise))
+    positions, gathered, cut = 2 * 32, 48, 48 // 2 * 2
+    assert block_activation_bytes(low) - block_activation_bytes(cfg) == positions * (gathered - cut - 128 // 2)
+    low.precision.fp8_bf16_ends = 1
+    assert block_activation_bytes(low) == block_activation_bytes(cfg)
 
 
 def test_activations_follow_korthikanti_less_the_masks() -> None:
@@ -118,9 +151,11 @@ def test_context_cuts_positions_and_repeats_few_key_heads() -> None:
 def test_full_recomputation_keeps_inputs_of_groups(interval: int, inputs: int, working: int) -> None:
     cfg = make(train__recompute=Recompute.full, train__recompute_interval=interval)
     one = 4 * 2 * 32 * 48
-    assert activation_bytes(cfg, 5) == (inputs * one, working * block_activation_bytes(cfg))
-    assert memory(cfg, 1, 0).activations == sum(activation_bytes(cfg, 4))
-    assert activation_bytes(make(), 5) == (5 * block_activation_bytes(make()), 0)
+    block = block_activation_bytes(cfg)
+    assert activation_bytes(cfg, 5) == Kept(device=inputs * one, host=0, working=working * block)
+    four = activation_bytes(cfg, 4)
+    assert memory(cfg, 1, 0).activations == four.device + four.working
+    assert activation_bytes(make(), 5) == Kept(device=5 * block_activation_bytes(make()), host=0, working=0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel__pp": 2, "train__accum_steps": 8}, INTERLEAVED, DUALPIPEV], ids=str)
@@ -169,7 +204,7 @@ def test_zero_stages_shard_more_and_more() -> None:
         assert (got.weights, got.gradients, got.optimizer) == pytest.approx(sizes), stage
         shared = memory(make(zero__stage=stage, parallel__context=2), 4, 0)
         assert (shared.weights, shared.gradients, shared.optimizer) == (got.weights, got.gradients, got.optimizer)
-        assert got.total == sum(sizes) + got.buffers + got.activations + got.logits
+        assert got.total == sum(sizes) + got.buffers + got.activations + got.logits + got.working
 
 
 def test_bytes_a_parameter_in_mixed_precision_and_where_offload_puts_them() -> None:
@@ -177,7 +212,7 @@ def test_bytes_a_parameter_in_mixed_precision_and_where_offload_puts_them() -> N
     on_gpu = memory(make(precision__dtype=DType.fp16), 1, 0)
     # 16-bit weights and gradients, their sums in fp32, fp32 weights and two moments.
     assert on_gpu.weights + on_gpu.gradients + on_gpu.optimizer == (2 + 2 + 4 + 12) * count
-    for dtype, sums, size in ((DType.bf16, DType.bf16, 2), (DType.bf16, DType.fp32, 6), (DType.fp32, DType.fp32, 4)):
+    for dtype, sums, size in ((DType.bf16, DType.bf16, 2), (DType.bf16, DType.fp32, 4), (DType.fp32, DType.fp32, 4)):
         assert memory(make(precision__dtype=dtype, precision__grad_accum=sums), 1, 0).gradients == size * count
     offload = {"zero__stage": 3, "zero__offload_optimizer": Offload.cpu, "precision__dtype": DType.bf16}
     got = memory(make(**offload), 1, 0)
@@ -224,6 +259,15 @@ def test_chunks_of_other_schedules_count_by_their_own_blocks(changes: dict[str, 
     assert [sum(name.startswith("block.") for name in names) for names in chunks(cfg)] == [2, 2, 2, 2]
     peak = step_timeline(cfg).peak_in_flight(0)
     assert memory(cfg, 2, 0).activations == peak * 2 * block_activation_bytes(cfg)
+
+
+def test_stages_of_several_parts_have_even_work() -> None:
+    words = ["model=gpt_2_7b", "data.seq_len=2048", "train.accum_steps=4", "parallel.balance=flops"]
+    for schedule in ("interleaved", "dualpipev"):
+        cfg = load([*words, f"parallel={schedule}"])
+        work = dict(zip(parameter_counts(cfg.model), layer_costs(cfg.model, Balance.flops, 2048), strict=True))
+        stages = [sum(work[name] for name in layers_of(cfg, stage)) for stage in range(2)]
+        assert max(stages) < 1.02 * sum(stages) / 2
 
 
 def test_logits_stand_on_the_rank_of_the_head() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.config.enums import (
     ScheduleName,
     SentenceHead,
     Switch,
+    Tiles,
     WandbMode,
 )
 from engine.study.cases import (
@@ -103,11 +105,12 @@ def test_bert_has_no_documents_to_keep_apart() -> None:
 def test_a_case_says_what_it_is() -> None:
     case = Case(
         world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4, offload="cpu",
-        flavour="llama", packed=True, recompute="full2", tied=False, dropout=0.1, length="variable", loss="smoothed",
+        flavour="llama", packed=True, recompute="full2", tiles="mlp", tied=False, dropout=0.1, length="variable",
+        loss="smoothed",
     )  # fmt: skip
     assert str(case) == (
-        "pp2 interleaved dp1 cp2 tp2+sequence zero2+offload accum4 recompute-full2 llama untied packed dropout0.1 "
-        "variable smoothed"
+        "pp2 interleaved dp1 cp2 tp2+sequence zero2+offload accum4 recompute-full2 tiles-mlp llama untied packed "
+        "dropout0.1 variable smoothed"
     )
     assert model_key(base(), case) == "llama-untied-packed-dropout0.1-variable-smoothed-4blocks"
     assert str(Case(world=2)) == "pp1 dp2 tp1 zero1 accum1 gpt2 tied"
@@ -163,7 +166,7 @@ def test_the_model_is_as_deep_as_the_schedule_needs_on_both_sides(case: Case, la
 def test_a_case_sets_what_it_names() -> None:
     case = Case(
         world=8, pp=2, tp=2, context=2, sequence=True, schedule="interleaved", zero=2, accum=4,
-        packed=True, recompute="full2", dropout=0.1, length="variable", loss="smoothed",
+        packed=True, recompute="full2", tiles="block", dropout=0.1, length="variable", loss="smoothed",
     )  # fmt: skip
     cfg = configure(base(), case)
     parallel, train = cfg.parallel, cfg.train
@@ -171,6 +174,9 @@ def test_a_case_sets_what_it_names() -> None:
     assert (parallel.schedule, parallel.virtual_stages) == (PipelineSchedule.interleaved, 2)
     assert (cfg.zero.stage, train.accum_steps, train.micro_batch) == (2, 4, GLOBAL_BATCH // 4)
     assert (train.recompute, train.recompute_interval) == (Recompute.full, 2)
+    # Three tiles of this rank's positions in each of 8 samples.
+    assert (train.tiles, train.tile_tokens) == (Tiles.block, 8 * math.ceil(cfg.data.seq_len / 2 / 3))
+    assert oracle_config(base(), case).train.tiles is Tiles.none
     assert (train.label_smoothing, train.z_loss, cfg.data.variable_length) == (0.1, 1e-3, True)
     assert cfg.data.document_mask
     assert oracle_config(base(), case).data.document_mask, "the oracle computes the same"

@@ -17,7 +17,14 @@ from engine.study.compare import Comparison
 from engine.study.run import judge
 
 ONE = {"--tp": "1", "--context": "1", "--schedules": "one_f_one_b", "--accum": "4", "--offload": "none"}
-ONE |= {"--flavours": "gpt2", "--recompute": "none", "--dropout": "0.0", "--length": "fixed", "--loss": "plain"}
+ONE |= {
+    "--flavours": "gpt2",
+    "--recompute": "none",
+    "--tiles": "none",
+    "--dropout": "0.0",
+    "--length": "fixed",
+    "--loss": "plain",
+}
 SMALL = ["--worlds", "2", "--pp", "1,2", "--zero", "0,1", "--packed", "off"]
 SMALL += [word for pair in ONE.items() for word in pair]
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from engine.errors import TopologyError
-from engine.topology.partition import partition
+from engine.topology.partition import even_out, partition
 
 
 def stage_costs(costs: list[float], bounds: tuple[int, ...]) -> list[float]:
@@ -44,6 +44,40 @@ def test_free_layers_are_spread_evenly_too() -> None:
 
 def test_a_heavy_embedding_stands_alone() -> None:
     assert partition([100.0, *[1.0] * 6], 3) == (0, 1, 4, 7)
+
+
+def test_parts_make_even_stages() -> None:
+    # A head that costs 1.64 blocks: parts of 7, 9, 9 and 8.64 give the second of two stages 10 % more than the first.
+    costs = [*[0.0] * 2, *[1.0] * 32, 0.0, 1.64]
+    parts = partition(costs, 4)
+    bounds = even_out(costs, parts, (0, 1, 0, 1))
+    a, b, c, d = stage_costs(costs, bounds)
+    assert max(a + c, b + d) == pytest.approx(17.0)
+    assert max(stage_costs(costs, parts)[0::2]) < 17.0 < sum(stage_costs(costs, parts)[1::2])
+    assert bounds[0] == 0
+    assert bounds[-1] == len(costs)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_evening_out_never_makes_a_stage_larger_or_a_part_empty(seed: int) -> None:
+    rng = random.Random(seed)
+    costs = [rng.choice([0.0, 1.0, rng.uniform(0, 4)]) for _ in range(rng.randint(6, 14))]
+    for owner in ((0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 2, 0, 1, 2)):
+        before = partition(costs, len(owner))
+        after = even_out(costs, before, owner)
+        assert all(a < b for a, b in itertools.pairwise(after))
+
+        def largest(bounds: tuple[int, ...], owner: tuple[int, ...] = owner) -> float:
+            parts = stage_costs(costs, bounds)
+            return max(sum(c for c, o in zip(parts, owner, strict=True) if o == stage) for stage in set(owner))
+
+        assert largest(after) <= largest(before) * (1 + 1e-12)
+        assert max(stage_costs(costs, after)) <= max(stage_costs(costs, before)) * (1 + 1e-8)
+
+
+def test_one_part_per_stage_is_even_already() -> None:
+    costs = [3.0, 1.0, 1.0, 1.0, 2.0]
+    assert even_out(costs, partition(costs, 3), (0, 1, 2)) == partition(costs, 3)
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(3, 4), (3, 0), (0, 1)])

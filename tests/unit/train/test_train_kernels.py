@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from engine.config import Activation, Attention, Config, DType, Kernel, Norm, OptimizerName, Positions, Switch
-from engine.config.enums import Family, Offload
+from engine.config.enums import Family, Fp8, Fp8Kernel, Offload
+from engine.dist.context import ParallelContext
 from engine.errors import ConfigError
+from engine.train.describe import describe
 from engine.train.kernels import OPERATIONS, choose_kernels, situation
+from engine_kernels import scaled_mm
 from engine_kernels.ops import Kernels, sdpa_attention
+from engine_kernels.reference.fp8_linear import emulated
 from engine_kernels.registry import operations
 from tests.helpers.configs import make
 
@@ -30,6 +34,10 @@ def llama(**changes: object) -> Config:
 
 def names(cfg: Config, device: torch.device = GPU) -> dict[str, str]:
     return {option: choice.impl.name for option, choice in choose_kernels(cfg, device).choices.items()}
+
+
+def fp8(**changes: object) -> Config:
+    return make(precision__dtype=DType.bf16, precision__fp8=Fp8.tensorwise, **changes)
 
 
 def test_every_operation_has_an_option() -> None:
@@ -61,20 +69,68 @@ def test_on_a_cpu_all_is_torchs_and_said_in_a_line() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_on_a_gpu_the_reasons_are_said_too() -> None:
     cfg = llama(kernels__attention=Attention.sdpa)
-    later = "torch; not triton: is taken when asked for: whole training steps with it are not measured yet"
+    later = "torch; not triton: is taken when asked for: whole training steps are measured in bf16 alone, with uncut "
+    later += "vocabularies"
     fuses = "torch; not triton: torch.compile fuses torch's with what stands around it"
     assert list(choose_kernels(cfg, GPU).lines(GPU)) == [
         "attention: sdpa",
-        f"loss: {later}",
+        "loss: triton",
         f"norm, rotary, activation: {fuses}",
-        f"optimizer: {later}",
+        "optimizer: triton",
     ]
     cfg.kernels.compile = Switch.off
+    cfg.parallel.tp = 2
     assert list(choose_kernels(cfg, GPU).lines(GPU)) == [
         "attention: sdpa",
         f"loss: {later}",
-        "norm, rotary, activation: triton",
-        f"optimizer: {later}",
+        "norm, rotary, activation, optimizer: triton",
+    ]
+    cfg.precision.dtype = DType.fp16
+    assert list(choose_kernels(cfg, GPU).lines(GPU))[-1] == f"optimizer: {later}"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fp8_is_multiplied_by_tensor_cores_and_emulated_on_cpus() -> None:
+    assert "fp8" not in names(make())
+    assert names(fp8())["fp8"] == "scaled_mm"
+    assert choose_kernels(fp8(), GPU).kernels.linear is scaled_mm.linear
+    assert names(fp8(kernels__fp8=Fp8Kernel.emulated))["fp8"] == "emulated"
+    chosen = choose_kernels(fp8(), CPU)
+    assert chosen.kernels.linear is emulated
+    assert next(iter(chosen.lines(CPU))).endswith("optimizer torch, fp8 emulated")
+    assert chosen.record()["fp8"]["passed_over"] == {"scaled_mm": "needs a CUDA device"}
+
+
+def test_fp8_is_refused_where_it_would_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    slow = "Use precision=bf16, or kernels.fp8=emulated, which shows how fp8 trains and is slower than bf16"
+    reason = "scaled_mm: needs compute capability 8.9 for tensor cores with fp8, and this GPU has 8.0"
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(fp8(), GPU)
+    assert str(caught.value) == (
+        f"1. [OCT330] kernels.fp8=auto: fp8_linear would only be emulated on this GPU ({reason}). {slow}"
+    )
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(fp8(kernels__fp8=Fp8Kernel.scaled_mm), GPU)
+    assert str(caught.value) == (
+        f"1. [OCT330] kernels.fp8=scaled_mm: fp8_linear=scaled_mm cannot run here ({reason}). Known: scaled_mm, "
+        f"emulated, auto. {slow}"
+    )
+    assert names(fp8(kernels__fp8=Fp8Kernel.emulated))["fp8"] == "emulated"
+
+
+def test_what_is_said_of_fp8() -> None:
+    def said(cfg: Config) -> list[str]:
+        lines = describe(cfg, ParallelContext.single(), [], [0], choose_kernels(cfg, CPU))
+        return [line for line in lines if line.startswith("fp8")]
+
+    assert said(make()) == []
+    every = "fp8 tensorwise: attention.qkv, attention.out, mlp.up, mlp.down of blocks"
+    assert said(fp8()) == [f"{every} 0 to 3"]
+    assert said(fp8(precision__fp8_bf16_ends=1)) == [f"{every} 1 to 2"]
+    assert said(fp8(model__ffn_size=100)) == [
+        "fp8 tensorwise: attention.qkv, attention.out of blocks 0 to 3; in bf16, as their sizes are no multiples of "
+        "16: mlp.up (100 x 48), mlp.down (48 x 100)"
     ]
 
 

@@ -1,0 +1,92 @@
+"""`DeepSpeedEngine` around an optimizer and passes that are not all its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as ds_comm
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from engine.config.enums import DType
+from engine.config.schema import Config
+from engine.dist.context import ParallelContext
+from engine.runtime.ds_axes import Axes
+from engine.runtime.ds_config import deepspeed_config, overlaps, sums_in_bf16
+from engine.runtime.flat import FlatOptimizer
+
+
+class Engine(DeepSpeedEngine):
+    """Reduction, ZeRO, loss scale, offload and step are DeepSpeed's; in bf16 at ZeRO-1 `FlatOptimizer` does them.
+
+    With `managed_gradient_accumulation` off, gradients add up until `reduce` is called. Collective.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, cfg: Config, ctx: ParallelContext, axes: Axes
+    ) -> None:
+        self._cfg, self._ctx = cfg, ctx
+        ds_comm.init_distributed(dist_init_required=False)
+        config = deepspeed_config(cfg, ctx)
+        super().__init__(
+            args=None,
+            model=model,
+            optimizer=optimizer,
+            mpu=axes,
+            dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config, axes),
+        )
+        self._configure_python_gc()
+
+    def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> FlatOptimizer:
+        return FlatOptimizer(
+            optimizer,
+            self._ctx,
+            self.param_names,
+            bf16_states=self._cfg.precision.states is DType.bf16,
+            bucket_elements=self._cfg.zero.bucket_elements if overlaps(self._cfg, self._ctx) else None,
+            bfloat16_config=self._config.bfloat16_config,
+            mpu=self.mpu,
+            clip_grad=self.gradient_clipping(),
+            allgather_bucket_size=self.zero_allgather_bucket_size(),
+            dp_process_group=self.seq_data_parallel_group,
+            grad_acc_dtype=torch.bfloat16 if sums_in_bf16(self._cfg, self._ctx, optimizer) else torch.float32,
+        )
+
+    def backward_from(self, output: Tensor, gradient: Tensor | None) -> None:
+        """Backward pass of one chunk for one micro-batch, with the optimizer's bookkeeping around it."""
+        if gradient is None:
+            # A share of the loss. Shares are summed over the ranks, whose gradients DeepSpeed averages.
+            output = output * float(self.mpu.get_data_parallel_world_size())
+            if isinstance(self.optimizer, ZeROOptimizer):
+                output = self.optimizer.scale_if_loss(output)
+        self._running_engine_backward = True
+        try:
+            if isinstance(self.optimizer, ZeROOptimizer):
+                self.optimizer.clear_backward_seen_flag()
+            self._backward_prologue()
+            if self.zero_optimization_partition_gradients():
+                # Else the first gradient does it, and a chunk of a tied table alone has none that DeepSpeed sees.
+                self.optimizer.setup_buckets()
+            torch.autograd.backward(output, gradient)
+            self._backward_epilogue()
+        finally:
+            self._running_engine_backward = False
+
+    def reduce(self) -> None:
+        """Average the step's gradients over the ranks that share the data. As `DeepSpeedEngine.step` begins."""
+        self._running_engine_step = True
+        if self.zero_optimization_partition_gradients():
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        else:
+            self.allreduce_gradients()
+
+    def update(self) -> None:
+        """Step the optimizer and drop the gradients."""
+        lr_kwargs: Any = None
+        self._take_model_step(lr_kwargs)
+        self._running_engine_step = False

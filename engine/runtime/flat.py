@@ -1,0 +1,207 @@
+"""ZeRO-1 in bf16: DeepSpeed's flat state, with every gradient element moved once and no wait for the device.
+
+DeepSpeed's own step adds each gradient to a bf16 one, casts it, adds that to fp32 sums and zeroes both; it reduces the
+sums over all ranks whole, and reads the norm back before it goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
+from torch import Tensor, nn
+
+from engine.dist.context import ParallelContext
+from engine.optim.flat_adamw import FlatAdamW
+from engine.runtime.buckets import Buckets
+from engine.runtime.gradients import counts
+
+
+class FlatOptimizer(BF16_Optimizer):
+    """DeepSpeed's optimizer over flat groups, whose layout and checkpoints it keeps.
+
+    A gradient goes into the flat sums when the backward pass has it: the first of a step is copied, later ones are
+    added. Sums are reduced, beside the last backward pass of a step, to the rank that holds their partition. With
+    `FlatAdamW` the clip factor is applied inside the update, which also writes the bf16 weights, and a step whose norm
+    is not finite is dropped on the device; other optimizers wait for the norm.
+
+    Args:
+        ctx: ranks and device.
+        bf16_states: whether the bf16 weights are stepped themselves, by `FlatAdamW`, with bf16 moments.
+        bucket_elements: elements of a bucket that is reduced while the backward pass goes on; None: all is reduced
+            after it.
+        others: as `BF16_Optimizer`; `grad_acc_dtype` bf16 is exact where a step has one gradient to add up.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        ctx: ParallelContext,
+        *others: Any,
+        bf16_states: bool = False,
+        bucket_elements: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._ctx = ctx
+        super().__init__(inner, *others, **options)
+        assert self.immediate_grad_update
+        if bf16_states:
+            self._give_up_masters()
+        sizes = [gradient.numel() for gradient in self.fp32_groups_gradients_flat]
+        self._largest = sizes.index(max(sizes)) if sizes else 0
+        self._buckets: Buckets | None = None
+        if bucket_elements is not None and sizes and ctx.reduce.size > 1:
+            self._buckets = Buckets(
+                self.fp32_groups_gradients_flat[self._largest],
+                [parameter.numel() for parameter in self.bf16_groups[self._largest]],
+                self.dp_process_group,
+                bucket_elements,
+                average=ctx.device.type == "cuda",
+            )
+        self._runs: list[list[tuple[int, int]]] | None = None
+        self._finite: Tensor | None = None
+        self._global_grad_norm = torch.zeros((), device=ctx.device)
+
+    def clear_lp_grads(self, set_to_none: bool = False) -> None:
+        """Nothing: a parameter's gradient is gone when the sums have it."""
+
+    def clear_hp_grads(self) -> None:
+        """Forget the sums: the next gradient is copied over them."""
+        for group in self.fp32_groups_has_gradients:
+            group[:] = [False] * len(group)
+
+    @torch.no_grad()
+    def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        assert lp.grad is not None
+        seen = self.fp32_groups_has_gradients[group_idx]
+        total = self.fp32_groups_gradients[group_idx][param_idx].view(lp.shape)
+        if seen[param_idx]:
+            total.add_(lp.grad)
+        else:
+            total.copy_(lp.grad)
+        seen[param_idx] = True
+        if self._buckets is not None and group_idx == self._largest and self.is_gradient_accumulation_boundary():
+            self._buckets.complete(param_idx)
+
+    @torch.no_grad()
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Average over the ranks that share the data; afterwards only this rank's partition is meant. Collective."""
+        for group, totals in zip(self.fp32_groups_has_gradients, self.fp32_groups_gradients, strict=True):
+            for has, total in zip(group, totals, strict=True):
+                if not has:
+                    total.zero_()
+        if self._ctx.reduce.size == 1:
+            return
+        average = self._ctx.device.type == "cuda"
+        for index, (whole, mine) in enumerate(
+            zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True)
+        ):
+            if self._buckets is not None and index == self._largest:
+                self._buckets.finish()
+            elif average:
+                dist.reduce_scatter_tensor(mine, whole, op=dist.ReduceOp.AVG, group=self.dp_process_group)
+            else:
+                dist.all_reduce(whole, group=self.dp_process_group)
+            if not average:
+                mine.div_(self._ctx.reduce.size)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Clip, update, and give every rank the new weights. Collective."""
+        self.settle()
+        norm = self._norm()
+        finite = norm.isfinite()
+        self._global_grad_norm = torch.where(finite, norm, torch.inf)
+        factor = torch.ones_like(norm)
+        if self.clip_grad > 0:
+            factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        if isinstance(self.optimizer, FlatAdamW):
+            self._finite = finite
+            self._update_in_one_pass(torch.where(finite, factor, torch.nan))
+        elif bool(finite):
+            self._update(factor)
+        else:
+            self.overflow = True
+        all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+        self.clear_hp_grads()
+
+    def settle(self) -> None:
+        """Take back what the host counted of a step that the device dropped. Waits for that step."""
+        self.overflow = self._finite is not None and not bool(self._finite)
+        if self.overflow:
+            assert isinstance(self.optimizer, FlatAdamW)
+            self.optimizer.uncount()
+        self._finite = None
+
+    def _give_up_masters(self) -> None:
+        """Let the optimizer step this rank's partition of the bf16 weights in place of fp32 copies."""
+        for index, (group, partitions) in enumerate(
+            zip(self.optimizer.param_groups, self.bf16_partitioned_groups, strict=True)
+        ):
+            mine = partitions[self._ctx.reduce.rank]
+            self.fp32_groups_flat_partition[index] = mine
+            group["params"] = [mine]
+        self._link_all_hp_params()
+
+    def _update_in_one_pass(self, factor: Tensor) -> None:
+        assert isinstance(self.optimizer, FlatAdamW)
+        for group, flat, gradient, weights in zip(
+            self.optimizer.param_groups,
+            self.fp32_groups_flat_partition,
+            self.fp32_groups_gradient_flat_partition,
+            self.bf16_partitioned_groups,
+            strict=True,
+        ):
+            copy = weights[self._ctx.reduce.rank]
+            self.optimizer.update(group, flat, gradient, factor, copy_out=None if copy is flat else copy)
+
+    def _update(self, factor: Tensor) -> None:
+        """By an optimizer that knows neither factors nor copies."""
+        partitions = list(zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True))
+        for flat, gradient in partitions:
+            flat.grad = gradient.to(flat.dtype).mul_(factor)
+        self.optimizer.step()
+        for (flat, _), weights in zip(partitions, self.bf16_partitioned_groups, strict=True):
+            flat.grad = None
+            weights[self._ctx.reduce.rank].copy_(flat)
+
+    def _norm(self) -> Tensor:
+        """Global L2 norm, fp32: each rank adds up its partition, of which each logical element counts once."""
+        if self._runs is None:
+            self._runs = [self._counted(index) for index in range(len(self.bf16_groups))]
+        # torch's fp32 norm of a large tensor is off by 1e-6 on the CPU, and adds up in trees on GPUs.
+        dtype = torch.float32 if self._ctx.device.type == "cuda" else torch.float64
+        norms = [
+            torch.linalg.vector_norm(gradient[start:stop], dtype=dtype)
+            for gradient, runs in zip(self.fp32_groups_gradient_flat_partition, self._runs, strict=True)
+            for start, stop in runs
+        ]
+        total = torch.zeros((), dtype=torch.float64, device=self._ctx.device)
+        if norms:
+            total = torch.stack(norms).double().square().sum()
+        dist.all_reduce(total)
+        return total.sqrt().float()
+
+    def _counted(self, index: int) -> list[tuple[int, int]]:
+        """Stretches of this rank's partition of a group that it counts, neighbours joined."""
+        size = self.fp32_groups_gradient_flat_partition[index].numel()
+        first, runs, offset = self._ctx.reduce.rank * size, list[tuple[int, int]](), 0
+        for parameter in self.bf16_groups[index]:
+            start, stop = max(offset - first, 0), min(offset + parameter.numel() - first, size)
+            offset += parameter.numel()
+            if start >= stop or not counts(parameter, self._ctx):
+                continue
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((start, stop))
+        return runs
