@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,21 +18,6 @@ _named = [path.resolve() for word in sys.argv[1:] if (path := Path(word.split(":
 if not NATIVE and _named and all(FOLDER in (path, *path.parents) for path in _named):
     os.environ["TRITON_INTERPRET"] = "1"
 INTERPRETED = not NATIVE and os.environ.get("TRITON_INTERPRET") == "1"
-
-if INTERPRETED:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    _cast = interpreter.InterpreterBuilder.cast_impl
-
-    def _rounding_cast(builder: Any, source: Any, target: Any) -> Any:
-        """The interpreter cuts fp32 off where it becomes bf16; GPUs round to the nearest, ties to even."""
-        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
-            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
-        return _cast(builder, source, target)
-
-    interpreter.InterpreterBuilder.cast_impl = _rounding_cast
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

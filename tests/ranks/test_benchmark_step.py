@@ -109,7 +109,7 @@ def losses(system: Any, cfg: Config) -> list[float]:
 def test_loops_of_peers_start_and_learn_as_octants_model(name: str, peer: str) -> None:
     if peer == "torchtitan":
         pytest.importorskip("torchtitan")
-    cfg = load([*words_of(quick(CASES[name])).whole, "train.steps=3", "run.name=x"])
+    cfg = load([*words_of(quick(CASES[name])).whole, "precision=fp32", "train.steps=3", "run.name=x"])
     ours, theirs = losses(plain, cfg), losses(import_module(f"benchmarks.step.{peer}"), cfg)
     # Masked tokens are averaged over a micro-batch there, and over the global batch here: BERT's two losses weigh them
     # a little differently.

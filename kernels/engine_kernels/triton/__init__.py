@@ -2,3 +2,8 @@
 
 On a machine without a GPU they run in Triton's interpreter where TRITON_INTERPRET=1 is set before they are imported.
 """
+
+from engine_kernels.interpreter import interpreted, round_to_bf16
+
+if interpreted():
+    round_to_bf16()
