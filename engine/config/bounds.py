@@ -139,7 +139,7 @@ RANGES: dict[Range, tuple[str, ...]] = {
         "optim.momentum",
         "train.label_smoothing",
     ),
-    Range(0, 1): ("optim.min_lr_ratio", "data.fim_rate"),
+    Range(0, 1): ("optim.min_lr_ratio", "data.fim_rate", "zero.offload_delay"),
     Range(0, 1, open_low=True): (
         "model.rotary_fraction",
         "zero.offload_ratio",

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from engine.config.enums import Activation, Family, Fp8, PipelineSchedule
+from engine.config.enums import (
+    Activation,
+    DType,
+    Family,
+    Fp8,
+    Offload,
+    OffloadStrategy,
+    OptimizerName,
+    PipelineSchedule,
+)
 from engine.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 
 
@@ -74,6 +83,24 @@ def attention_scale(model: ModelConfig) -> float:
     """Factor of query times key: 1/sqrt(head_dim), with muP 1/head_dim (arXiv 2203.03466, definition 4.1)."""
     width = head_dim(model)
     return float(width**-0.5) if model.mup_base_width is None else 1.0 / width
+
+
+def can_stream(cfg: Config) -> bool:
+    """Whether `engine.runtime.flat` can hold the offloaded state: AdamW's at ZeRO-1 of a bf16 model."""
+    adamw, zero = cfg.optim.name is OptimizerName.adamw, cfg.zero
+    return adamw and cfg.precision.dtype is DType.bf16 and zero.stage == 1 and zero.offload_optimizer is Offload.cpu
+
+
+def streams(cfg: Config) -> bool:
+    """Whether the optimizer's offload is Octant's own; else it is DeepSpeed's, if there is one."""
+    return can_stream(cfg) and cfg.zero.offload_strategy in (OffloadStrategy.auto, OffloadStrategy.streamed)
+
+
+def offload_share(cfg: Config) -> float:
+    """Share of the optimizer state that is offloaded: `zero.offload_ratio`, or all; 0 without offload."""
+    if cfg.zero.offload_optimizer is Offload.none:
+        return 0.0
+    return 1.0 if cfg.zero.offload_ratio is None else cfg.zero.offload_ratio
 
 
 FP8_MULTIPLE = 16

@@ -134,9 +134,13 @@ class Offload(StrEnum):
 
 
 class OffloadStrategy(StrEnum):
-    """How offloaded optimizer steps run: at the end of the step, or overlapped as DeepSpeed's ZenFlow, SuperOffload."""
+    """How offloaded optimizer steps run: `plain` as DeepSpeed's, `streamed` from sums on the device, chunk by chunk,
+    overlapped as DeepSpeed's ZenFlow and SuperOffload. `auto`: streamed where it can be, else plain.
+    """
 
+    auto = "auto"
     plain = "plain"
+    streamed = "streamed"
     zenflow = "zenflow"
     superoffload = "superoffload"
 

@@ -1,7 +1,8 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314..317, 340..344, 346..349, 357..359, 379)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314..319, 340..344, 346..349, 357..359, 379)."""
 
 from __future__ import annotations
 
+from engine.config.derived import can_stream, streams
 from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName, Switch
 from engine.config.layout import Fits, legal_layouts, typed
 from engine.config.rules_parallel import PIPELINE_ZERO
@@ -34,7 +35,9 @@ def zero_violations(cfg: Config, world_size: int, fits: Fits | None) -> list[Vio
 
 
 def memory_violations(cfg: Config) -> list[Violation]:
-    """Number formats and compilation (314..316, 359, 379), what is offloaded (317, 340..344) and how (346..349)."""
+    """Number formats and compilation (314..316, 359, 379), what is offloaded (317, 340..344) and how
+    (318, 319, 346..349).
+    """
     return [
         Violation(code=code, option=option, value=value, rule=rule, way_out=way_out)
         for broken, code, option, value, rule, way_out in (*_formats(cfg), *_offload(cfg), *_strategy(cfg))
@@ -86,14 +89,16 @@ def _formats(cfg: Config) -> list[_Row]:
 def _states(cfg: Config) -> list[_Row]:
     """bf16 weights that are their own masters (379)."""
     states, dtype = cfg.precision.states, cfg.precision.dtype
+    strategy, here = cfg.zero.offload_strategy, cfg.zero.offload_optimizer is Offload.none
     needs = {
         f"precision.dtype={dtype}": dtype is DType.bf16,
         f"zero.stage={cfg.zero.stage}": cfg.zero.stage == 1,
         f"optim.name={cfg.optim.name}": cfg.optim.name is OptimizerName.adamw,
-        f"zero.offload_optimizer={cfg.zero.offload_optimizer}": cfg.zero.offload_optimizer is Offload.none,
+        f"zero.offload_optimizer={cfg.zero.offload_optimizer}": here or can_stream(cfg),
+        f"zero.offload_strategy={strategy}": here or streams(cfg) or not can_stream(cfg),
     }
     wrong = [name for name, fits in needs.items() if not fits]
-    rule = f"bf16 states are AdamW's at ZeRO-1 of a bf16 model on its device, and here is {', '.join(wrong)}"
+    rule = f"bf16 states are AdamW's at ZeRO-1 of a bf16 model, offloaded or not, and here is {', '.join(wrong)}"
     if states is DType.fp16:
         rule = "master weights and moments are fp32 or bf16; fp16 would lose small moments"
     broken = states is DType.fp16 or (states is DType.bf16 and bool(wrong))
@@ -105,7 +110,8 @@ def _offload(cfg: Config) -> list[_Row]:
     stage, optimizer, params = zero.stage, zero.offload_optimizer, zero.offload_params
     on_disk = [f"zero.{key}" for key in ("offload_optimizer", "offload_params") if getattr(zero, key) is Offload.nvme]
     names = ", ".join(OFFLOADABLE)
-    partial = 0 < zero.offload_ratio < 1
+    partial = zero.offload_ratio is not None and 0 < zero.offload_ratio < 1
+    at_stage_3 = stage == 3 and optimizer is Offload.cpu and name is OptimizerName.adamw
     return [
         (
             optimizer is not Offload.none and name not in OFFLOADABLE,
@@ -148,22 +154,55 @@ def _offload(cfg: Config) -> list[_Row]:
             "Use zero.stage=1, or zero.offload_optimizer=none",
         ),
         (
-            partial and not (stage == 3 and optimizer is Offload.cpu and name is OptimizerName.adamw),
+            partial and not (at_stage_3 or streams(cfg)),
             344,
             "zero.offload_ratio",
             zero.offload_ratio,
-            "a part of the state is offloaded at zero.stage=3 with adamw and zero.offload_optimizer=cpu only, and here "
-            f"they are {stage}, {name} and {optimizer}",
+            "a part of the state is offloaded with adamw and zero.offload_optimizer=cpu only, at zero.stage=3 or "
+            f"streamed (zero.stage=1 in bf16), and here is {name}, {optimizer}, zero.stage={stage} in "
+            f"{cfg.precision.dtype} with zero.offload_strategy={zero.offload_strategy}",
             "Use zero.offload_ratio=1, or 'zero.stage=3 optim.name=adamw zero.offload_optimizer=cpu'",
+        ),
+    ]
+
+
+def _streamed(cfg: Config) -> list[_Row]:
+    zero, auto = cfg.zero, "zero.offload_strategy=auto"
+    needs = {
+        "optim.name": (cfg.optim.name, OptimizerName.adamw),
+        "precision.dtype": (cfg.precision.dtype, DType.bf16),
+        "zero.stage": (zero.stage, 1),
+        "zero.offload_optimizer": (zero.offload_optimizer, Offload.cpu),
+    }
+    wrong = [f"{option}={is_}" for option, (is_, wanted) in needs.items() if is_ != wanted]
+    right = " ".join(f"{option}={wanted}" for option, (_, wanted) in needs.items())
+    return [
+        (
+            zero.offload_strategy is OffloadStrategy.streamed and bool(wrong),
+            318,
+            "zero.offload_strategy",
+            zero.offload_strategy,
+            f"it streams AdamW's state at ZeRO-1 of a bf16 model to the host and back, and here is {', '.join(wrong)}",
+            f"Use {auto}, or '{right}'",
+        ),
+        (
+            zero.offload_delay > 0 and not streams(cfg),
+            319,
+            "zero.offload_delay",
+            zero.offload_delay,
+            "only weights whose state is streamed lag behind, and here is "
+            + ", ".join(wrong or [f"zero.offload_strategy={zero.offload_strategy}"]),
+            f"Use zero.offload_delay=0, or '{right} {auto}'",
         ),
     ]
 
 
 def _strategy(cfg: Config) -> list[_Row]:
     zero, strategy = cfg.zero, cfg.zero.offload_strategy
-    special = strategy is not OffloadStrategy.plain
+    special = strategy in (OffloadStrategy.zenflow, OffloadStrategy.superoffload)
     option, plain = "zero.offload_strategy", "zero.offload_strategy=plain"
     return [
+        *_streamed(cfg),
         (
             special and zero.offload_optimizer is not Offload.cpu,
             346,

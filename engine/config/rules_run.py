@@ -90,7 +90,8 @@ def state_violations(cfg: Config) -> list[Violation]:
     where = {
         "zero.offload_optimizer": zero.offload_optimizer is Offload.nvme and zero.offload_optimizer,
         "zero.offload_params": zero.offload_params is Offload.nvme and zero.offload_params,
-        "zero.offload_strategy": zero.offload_strategy is not OffloadStrategy.plain and zero.offload_strategy,
+        "zero.offload_strategy": zero.offload_strategy in (OffloadStrategy.zenflow, OffloadStrategy.superoffload)
+        and zero.offload_strategy,
     }
     away = [f"{option}={value}" for option, value in where.items() if value]
     asked = {

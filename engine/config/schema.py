@@ -129,13 +129,17 @@ class ZeroConfig:
     overlap_comm: bool = True
     """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
     offload_optimizer: Offload = Offload.none
-    """Keep optimizer state and fp32 weights in host memory and step there with DeepSpeed's CPU Adam (AdamW), or on NVMe
-    (stage 3)."""
+    """Keep optimizer state and fp32 weights in host memory and step there, or on NVMe (stage 3)."""
     offload_params: Offload = Offload.none
     """Keep parameters in host memory or on NVMe and fetch them layer by layer (stage 3)."""
-    offload_ratio: float = 1.0
-    """Share of the optimizer state that is offloaded (stage 3, cpu)."""
-    offload_strategy: OffloadStrategy = OffloadStrategy.plain
+    offload_ratio: float | None = None
+    """Share of the optimizer state that is offloaded (streamed, and at stage 3 to cpu). None: streamed on GPUs, the
+    least with which the plan fits the device; else all."""
+    offload_strategy: OffloadStrategy = OffloadStrategy.auto
+    """auto: streamed with AdamW in bf16 at stage 1, else plain."""
+    offload_delay: int = 0
+    """Steps by which streamed weights lag behind: 0, or 1, when the host steps beside the next step's passes (delayed
+    parameter update, arXiv 2101.06840, section 5.2)."""
     nvme_path: str | None = None
     """Folder on a local NVMe disk for `nvme`."""
     pin_memory: bool = True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from engine_kernels.ops import AdamWFn
+from engine_kernels.reference.adamw import adamw_step
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -66,12 +68,7 @@ class FlatAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the kernel does not take the tensors or the options.
         """
-        state = self.state[tensor]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment not in state:
-                state[moment] = torch.zeros_like(tensor)
-        # Only what torch's AdamW has counted is a tensor, and only at the first step after loading it.
-        state["step"] = int(state.get("step", 0)) + 1
+        step, state = self.count(tensor), self.state[tensor]
         self._update(
             tensor.view(-1),
             gradient.reshape(-1),
@@ -81,10 +78,43 @@ class FlatAdamW(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=state["step"],
+            step=step,
             grad_scale=grad_scale,
             copy_out=None if copy_out is None else copy_out.view(-1),
         )
+
+    def count(self, tensor: Tensor) -> int:
+        """Number of the step of `tensor` that is about to be made, from 1; makes its state at the first."""
+        state = self.state[tensor]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(tensor)
+        # Only what torch's AdamW has counted is a tensor, and only at the first step after loading it.
+        state["step"] = int(state.get("step", 0)) + 1
+        return int(state["step"])
+
+    @torch.no_grad()
+    def update_on_host(
+        self, options: Mapping[str, Any], tensor: Tensor, gradient: Tensor, start: int, step: int
+    ) -> None:
+        """Step number `step`, as `count` gave it, of the elements of `tensor` from `start` on, in host memory.
+
+        Args:
+            options: lr, betas, eps and weight_decay.
+            tensor: (n,), fp32 or bf16.
+            gradient: fp32 (m,); may be changed.
+        """
+        state, stop = self.state[tensor], start + gradient.numel()
+        value, mean, square = (x.detach()[start:stop] for x in (tensor, state["exp_avg"], state["exp_avg_sq"]))
+        beta1, beta2 = options["betas"]
+        rates = {name: options[name] for name in ("lr", "eps", "weight_decay")}
+        if tensor.dtype is torch.bfloat16:
+            adamw_step(value, gradient, mean, square, betas=(beta1, beta2), step=step, **rates)
+            return
+        # torch counts the step that it makes.
+        done = [torch.tensor(float(step - 1))]
+        more: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, **rates}
+        adamw([value], [gradient], [mean], [square], [], done, fused=True, **more)
 
     def uncount(self) -> None:
         """The last step of every tensor was dropped."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,13 @@ class Piece:
     def of(self, flat: Tensor) -> Tensor:
         """The piece's elements of a tensor laid out like the optimizer's."""
         return flat.view(-1).narrow(0, self.offset, self.size)
+
+    def within(self, start: int, stop: int) -> Piece:
+        """What of it a tensor holds that has the elements `start` to `stop` of the optimizer's."""
+        first, last = max(self.offset, start), min(self.offset + self.size, stop)
+        if first >= last:
+            return replace(self, start=0, offset=0, size=0)
+        return replace(self, start=self.start + first - self.offset, offset=first - start, size=last - first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

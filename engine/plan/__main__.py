@@ -13,7 +13,7 @@ from engine.config.hardware import stated_bytes
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.plan.costs import total_parameters
-from engine.plan.fit import budget_bytes, predicted, report, sizes
+from engine.plan.fit import budget_bytes, predicted, report, settle_offload, sizes
 from engine.plan.host import GIB, available_bytes, host_bytes, input_bytes, snapshot_bytes
 from engine.plan.memory import Memory, memory, rank_parameters, step_timeline
 from engine.plan.stages import chunk_owners, chunks
@@ -47,6 +47,9 @@ def _plan(words: list[str], world: int | None, per_host: int) -> int:
     for line in _chosen(cfg, world):
         print(line)
     rules.require(cfg, world)
+    stated = stated_bytes(cfg.hardware)
+    if stated is not None and (said := settle_offload(cfg, world, budget_bytes(cfg.hardware, stated))):
+        print(said)
     for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(per_host, world))):
         print(line)
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from engine.config import rules
 from engine.config.batch import candidates, is_number
+from engine.config.derived import streams
 from engine.config.enums import Offload, Recompute
 from engine.config.hardware import margin_bytes, stated_bytes
 from engine.config.schema import Config
@@ -18,6 +19,8 @@ GIB = 2**30
 GPU_LIMIT, CPU_LIMIT = 512, 16
 """Largest micro-batch that `auto` tries when `train.micro_batch_limit` is None."""
 
+_SHARES = 20
+"""Parts in which the offloaded share of the state is chosen."""
 _WORTH = 0.01
 """Share of what a rank holds below which a saving is not worth a word."""
 
@@ -73,6 +76,28 @@ def predicted(cfg: Config, world_size: int, among: Sequence[int], budget: int) -
             break
         found = size
     return found
+
+
+def settle_offload(cfg: Config, world_size: int, budget: int | None) -> str | None:
+    """Set `zero.offload_ratio` where state is streamed and it is None: the least that lets the plan into `budget` bytes
+    of the device, in steps of a twentieth; all where no step does or the device has no memory of its own (None).
+
+    Returns what there is to say of it. The rules hold for `cfg`.
+    """
+    if not streams(cfg) or cfg.zero.offload_ratio is not None:
+        return None
+    cfg.zero.offload_ratio = 1.0
+    if budget is None:
+        return None
+    for twentieths in range(_SHARES + 1):
+        cfg.zero.offload_ratio = twentieths / _SHARES
+        need = peak_bytes(cfg, world_size)
+        if need <= budget:
+            break
+    return (
+        f"zero.offload_ratio={cfg.zero.offload_ratio:g} by the plan: then a device holds {size_of(need)}, and "
+        f"{size_of(budget)} may be taken"
+    )
 
 
 def ways(cfg: Config, world_size: int) -> list[Way]:

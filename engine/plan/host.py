@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 
-from engine.config.enums import Offload
+from engine.config.derived import streams
+from engine.config.enums import Device, Offload
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
 from engine.plan.memory import Memory, memory
@@ -33,6 +35,9 @@ def require(cfg: Config, world_size: int, local_ranks: int, available: int | Non
     The rules hold for `cfg`. Raises `ConfigError`: 345 offloaded state, 396 inputs of recomputed groups, 383 the copies
     that checkpoints are made from, each beside those before it.
     """
+    if streams(cfg) and cfg.zero.offload_ratio is None and cfg.train.device is not Device.cpu:
+        # What stays on a GPU is only known where the GPU is.
+        cfg = replace(cfg, zero=replace(cfg.zero, offload_ratio=0.0))
     free = available_bytes() if available is None else available
     needs = [of(cfg, world_size, local_ranks) for of in (host_bytes, input_bytes, snapshot_bytes)]
     sums = list(accumulate(needs, lambda one, other: [a + b for a, b in zip(one, other, strict=True)]))

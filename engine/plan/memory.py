@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.config.derived import padded_vocab, rotary_dim, writes_checkpoints
+from engine.config.derived import offload_share, padded_vocab, rotary_dim, streams, writes_checkpoints
 from engine.config.enums import DType, Kernel, Offload, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.plan.activations import activation_bytes, element_bytes, loss_bytes, working_bytes
@@ -55,7 +55,8 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     the device before. optimizer: fp32 weights 4 P from ZeRO 1 on and the state of `state_bytes`, / n, less the
     offloaded share r; with precision.states=bf16 half of the state alone. host: r (fp32 weights, state, fp32 gradients
     4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on
-    NVMe is in neither.
+    NVMe is in neither. Streamed state leaves the gradients on the device; host: r (fp32 weights and state, or with
+    precision.states=bf16 weights e P and the half of the state, and with a delay fp32 gradients) / n.
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
     layer too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
     Rotary angles are buffers too, fp32. activations: `activation_bytes` over the schedule, inputs: those of it in host
@@ -67,12 +68,12 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     held = rank_parameters(cfg, stage)
     count, width = sum(held.values()), element_bytes(cfg.precision.dtype)
     summed = element_bytes(cfg.precision.grad_accum) if cfg.precision.dtype is DType.bf16 else _MASTER
-    elsewhere = zero.offload_optimizer is not Offload.none
+    streamed, share = streams(cfg), offload_share(cfg)
+    elsewhere = share > 0 and not streamed
     flat = cfg.precision.dtype is DType.bf16 and zero.stage == 1 and not elsewhere
     if flat and cfg.kernels.optimizer is Kernel.triton and shards == parallel.pp == cfg.train.accum_steps == 1:
         summed = width
     kept_twice = zero.stage == 1 and summed > width and not elsewhere and not flat
-    share = zero.offload_ratio if elsewhere else 0.0
     state = (_MASTER * count * (zero.stage > 0) + state_bytes(cfg, held)) / (shards if zero.stage else 1)
     if cfg.precision.states is DType.bf16:
         state = state_bytes(cfg, held) / 2 / shards
@@ -82,6 +83,9 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     gradients += width * count * kept_twice
     copy = width if width < _MASTER and zero.stage < 3 else 0
     host = share * (state + (_MASTER + copy) * count / shards) if zero.offload_optimizer is Offload.cpu else 0.0
+    if streamed:
+        own = width if cfg.precision.states is DType.bf16 else 0
+        host = share * (state + (own + _MASTER * zero.offload_delay) * count / shards)
     host += weights if zero.offload_params is Offload.cpu else 0.0
     logits = loss_bytes(cfg) if "head" in layers_of(cfg, stage) else 0
     activations, inputs = _peak_activations(cfg, stage)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.config.derived import streams
 from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName, Tiles
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -81,9 +82,9 @@ def overlaps(cfg: Config, ctx: ParallelContext) -> bool:
 
 
 def has_flat_state(cfg: Config) -> bool:
-    """Whether `engine.runtime.flat` holds the state: DeepSpeed's choice for these options and sums in fp32."""
-    on_device = cfg.zero.offload_optimizer is Offload.none
-    return cfg.precision.dtype is DType.bf16 and cfg.zero.stage == 1 and on_device
+    """Whether `engine.runtime.flat` holds the state: where DeepSpeed has its `BF16_Optimizer`, and with a stream."""
+    ours = cfg.zero.offload_optimizer is Offload.none or streams(cfg)
+    return cfg.precision.dtype is DType.bf16 and cfg.zero.stage == 1 and ours
 
 
 def sums_in_bf16(cfg: Config, ctx: ParallelContext, optimizer: object) -> bool:

@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from deepspeed import comm as ds_comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from engine.config.derived import offload_share, streams
 from engine.config.enums import DType
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.runtime.ds_axes import Axes
 from engine.runtime.ds_config import deepspeed_config, overlaps, sums_in_bf16
 from engine.runtime.flat import FlatOptimizer
+from engine.runtime.host_step import Streamed
 
 
 class Engine(DeepSpeedEngine):
@@ -30,6 +33,7 @@ class Engine(DeepSpeedEngine):
     ) -> None:
         self._cfg, self._ctx = cfg, ctx
         ds_comm.init_distributed(dist_init_required=False)
+        allow_fp16_on_cpus()
         config = deepspeed_config(cfg, ctx)
         super().__init__(
             args=None,
@@ -48,6 +52,7 @@ class Engine(DeepSpeedEngine):
             self._ctx,
             self.param_names,
             bf16_states=self._cfg.precision.states is DType.bf16,
+            streamed=_streamed(self._cfg) if streams(self._cfg) else None,
             bucket_elements=self._cfg.zero.bucket_elements if overlaps(self._cfg, self._ctx) else None,
             bfloat16_config=self._config.bfloat16_config,
             mpu=self.mpu,
@@ -85,8 +90,27 @@ class Engine(DeepSpeedEngine):
         else:
             self.allreduce_gradients()
 
+    def settle(self) -> None:
+        """Before weights or state are read: wait for a step that goes on in host memory. Collective."""
+        if isinstance(self.optimizer, FlatOptimizer):
+            self.optimizer.settle()
+
     def update(self) -> None:
         """Step the optimizer and drop the gradients."""
         lr_kwargs: Any = None
         self._take_model_step(lr_kwargs)
         self._running_engine_step = False
+
+
+def allow_fp16_on_cpus() -> None:
+    """Let DeepSpeed take fp16 on every CPU, as torch does; it asks oneDNN for instructions that few have.
+
+    https://github.com/deepspeedai/DeepSpeed/issues/5718
+    """
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True
+
+
+def _streamed(cfg: Config) -> Streamed:
+    return Streamed(share=offload_share(cfg), delayed=cfg.zero.offload_delay > 0, pin=cfg.zero.pin_memory)

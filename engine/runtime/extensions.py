@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine.config.derived import streams
 from engine.config.enums import Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
@@ -48,7 +49,8 @@ def require(cfg: Config) -> None:
     export()
     found = []
     strategy = cfg.zero.offload_strategy
-    if strategy is not OffloadStrategy.plain and not torch.cuda.is_available():
+    overlaps = strategy in (OffloadStrategy.zenflow, OffloadStrategy.superoffload)
+    if overlaps and not torch.cuda.is_available():
         found.append(
             Violation(
                 code=349,
@@ -58,7 +60,8 @@ def require(cfg: Config) -> None:
                 way_out="Start where a GPU is, or use zero.offload_strategy=plain",
             )
         )
-    steps_there = cfg.zero.offload_optimizer is not Offload.none and cfg.optim.name is OptimizerName.adamw
+    theirs = cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
+    steps_there = theirs and cfg.optim.name is OptimizerName.adamw
     if steps_there and not usable(_ADAM):
         found.append(
             Violation(

@@ -18,6 +18,7 @@ from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.buckets import Buckets
 from engine.runtime.gradients import counts
+from engine.runtime.host_step import HostStep, Part, Streamed
 
 
 class FlatOptimizer(BF16_Optimizer):
@@ -33,6 +34,7 @@ class FlatOptimizer(BF16_Optimizer):
         bf16_states: whether the bf16 weights are stepped themselves, by `FlatAdamW`, with bf16 moments.
         bucket_elements: elements of a bucket that is reduced while the backward pass goes on; None: all is reduced
             after it.
+        streamed: the share of each partition, its end, that lives in host memory and is stepped there.
         others: as `BF16_Optimizer`; `grad_acc_dtype` bf16 is exact where a step has one gradient to add up.
     """
 
@@ -43,6 +45,7 @@ class FlatOptimizer(BF16_Optimizer):
         *others: Any,
         bf16_states: bool = False,
         bucket_elements: int | None = None,
+        streamed: Streamed | None = None,
         **options: Any,
     ) -> None:
         self._ctx = ctx
@@ -50,6 +53,7 @@ class FlatOptimizer(BF16_Optimizer):
         assert self.immediate_grad_update
         if bf16_states:
             self._give_up_masters()
+        self._host = None if streamed is None else self._move_out(streamed)
         sizes = [gradient.numel() for gradient in self.fp32_groups_gradients_flat]
         self._largest = sizes.index(max(sizes)) if sizes else 0
         self._buckets: Buckets | None = None
@@ -76,6 +80,8 @@ class FlatOptimizer(BF16_Optimizer):
     @torch.no_grad()
     def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         assert lp.grad is not None
+        if self._host is not None:
+            self._host.release_gradients()
         seen = self.fp32_groups_has_gradients[group_idx]
         total = self.fp32_groups_gradients[group_idx][param_idx].view(lp.shape)
         if seen[param_idx]:
@@ -111,7 +117,7 @@ class FlatOptimizer(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clip, update, and give every rank the new weights. Collective."""
-        self.settle()
+        self._finish()
         norm = self._norm()
         finite = norm.isfinite()
         self._global_grad_norm = torch.where(finite, norm, torch.inf)
@@ -120,11 +126,85 @@ class FlatOptimizer(BF16_Optimizer):
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, FlatAdamW):
             self._finite = finite
-            self._update_in_one_pass(torch.where(finite, factor, torch.nan))
+            factor = torch.where(finite, factor, torch.nan)
+            if self._host is not None:
+                self._host.begin(factor)
+            self._update_in_one_pass(factor)
         elif bool(finite):
             self._update(factor)
         else:
             self.overflow = True
+        if self._host is not None and not self._host.delayed:
+            self._host.finish()
+        self._gather()
+        self.clear_hp_grads()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Finish what is under way, and wait for it: before weights or state are read. Collective where it is late."""
+        if self._finish():
+            self._gather()
+
+    def _finish(self) -> bool:
+        """The step in host memory, and the host's count of a step that the device dropped.
+
+        Returns whether this rank's partition has new weights by that.
+        """
+        late = self._host is not None and self._host.finish()
+        self.overflow = self._finite is not None and not bool(self._finite)
+        if self.overflow:
+            assert isinstance(self.optimizer, FlatAdamW)
+            self.optimizer.uncount()
+        self._finite = None
+        return late
+
+    @torch.no_grad()
+    def update_lp_params(self) -> None:
+        """Give the model what the optimizer's tensors hold. Collective."""
+        for stretches, weights in zip(self.stretches(), self._own_weights, strict=True):
+            for start, tensor in stretches:
+                weights[start : start + tensor.numel()].copy_(tensor.detach())
+        self._gather()
+
+    def stretches(self) -> list[list[tuple[int, Tensor]]]:
+        """For each group, the tensors that the optimizer steps, and where each begins in this rank's partition."""
+        found = [[(0, flat)] for flat in self.fp32_groups_flat_partition]
+        if self._host is not None:
+            for stretches, part in zip(found, self._host.parts, strict=True):
+                stretches.append((stretches[0][1].numel(), part.state))
+        return found
+
+    @property
+    def _own_weights(self) -> list[Tensor]:
+        """This rank's partition of each group's bf16 weights."""
+        return [partitions[self._ctx.reduce.rank] for partitions in self.bf16_partitioned_groups]
+
+    def _give_up_masters(self) -> None:
+        """Let the optimizer step this rank's partition of the bf16 weights in place of fp32 copies."""
+        for index, (group, mine) in enumerate(zip(self.optimizer.param_groups, self._own_weights, strict=True)):
+            self.fp32_groups_flat_partition[index] = mine
+            group["params"] = [mine]
+        self._link_all_hp_params()
+
+    def _move_out(self, streamed: Streamed) -> HostStep:
+        """Move the ends of what the optimizer steps to host memory."""
+        assert isinstance(self.optimizer, FlatAdamW)
+        parts, stay = list[Part](), list[Tensor]()
+        for index, group in enumerate(self.optimizer.param_groups):
+            whole, mine = self.fp32_groups_flat_partition[index].detach(), self._own_weights[index]
+            cut = whole.numel() - round(whole.numel() * streamed.share)
+            state = whole[cut:].to("cpu", copy=True)
+            gradient = self.fp32_groups_gradient_flat_partition[index]
+            parts.append(Part(group, state, gradient[cut:], mine[cut:]))
+            # Weights that are their own masters stay where they are; of others nothing may hold the whole.
+            stay.append(mine[:cut] if whole.dtype is mine.dtype else whole[:cut].clone())
+            group["params"] = [stay[-1], state]
+            self.fp32_groups_flat_partition[index] = mine
+        self._link_all_hp_params()
+        self.fp32_groups_flat_partition[:] = stay
+        return HostStep(self.optimizer, parts, self._ctx.device, streamed)
+
+    def _gather(self) -> None:
         all_gather_dp_groups(
             groups_flat=self.bf16_groups_flat,
             partitioned_param_groups=self.bf16_partitioned_groups,
@@ -132,37 +212,19 @@ class FlatOptimizer(BF16_Optimizer):
             start_alignment_factor=self.nccl_start_alignment_factor,
             allgather_bucket_size=self.allgather_bucket_size,
         )
-        self.clear_hp_grads()
-
-    def settle(self) -> None:
-        """Take back what the host counted of a step that the device dropped. Waits for that step."""
-        self.overflow = self._finite is not None and not bool(self._finite)
-        if self.overflow:
-            assert isinstance(self.optimizer, FlatAdamW)
-            self.optimizer.uncount()
-        self._finite = None
-
-    def _give_up_masters(self) -> None:
-        """Let the optimizer step this rank's partition of the bf16 weights in place of fp32 copies."""
-        for index, (group, partitions) in enumerate(
-            zip(self.optimizer.param_groups, self.bf16_partitioned_groups, strict=True)
-        ):
-            mine = partitions[self._ctx.reduce.rank]
-            self.fp32_groups_flat_partition[index] = mine
-            group["params"] = [mine]
-        self._link_all_hp_params()
 
     def _update_in_one_pass(self, factor: Tensor) -> None:
+        """What is on the device."""
         assert isinstance(self.optimizer, FlatAdamW)
         for group, flat, gradient, weights in zip(
             self.optimizer.param_groups,
             self.fp32_groups_flat_partition,
             self.fp32_groups_gradient_flat_partition,
-            self.bf16_partitioned_groups,
+            self._own_weights,
             strict=True,
         ):
-            copy = weights[self._ctx.reduce.rank]
-            self.optimizer.update(group, flat, gradient, factor, copy_out=None if copy is flat else copy)
+            copy = None if flat.dtype is weights.dtype else weights[: flat.numel()]
+            self.optimizer.update(group, flat, gradient[: flat.numel()], factor, copy_out=copy)
 
     def _update(self, factor: Tensor) -> None:
         """By an optimizer that knows neither factors nor copies."""

@@ -11,7 +11,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, ZenFlowCPUAdam
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from engine.config.derived import width_ratio
+from engine.config.derived import offload_share, streams, width_ratio
 from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -24,8 +24,8 @@ from engine_kernels.reference.adamw import adamw_step as reference_adamw
 
 
 def offloads(cfg: Config) -> bool:
-    """Whether the optimizer steps outside the GPU."""
-    return cfg.zero.offload_optimizer is not Offload.none
+    """Whether DeepSpeed keeps the optimizer's state outside the GPU."""
+    return cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
 
 
 def make_optimizer(
@@ -34,7 +34,7 @@ def make_optimizer(
     """The optimizer that DeepSpeed wraps: `build_optimizer`'s, or the one for host memory."""
     if offloads(cfg):
         return _host_optimizer(parameters, cfg)
-    if cfg.precision.states is DType.bf16 and adamw_step is None:
+    if (cfg.precision.states is DType.bf16 or streams(cfg)) and adamw_step is None:
         adamw_step = reference_adamw
     return build_optimizer(parameters, cfg.optim, ctx, width_ratio=width_ratio(cfg.model), adamw_step=adamw_step)
 
@@ -70,10 +70,10 @@ def offload_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     zero = cfg.zero
     pin = zero.pin_memory and ctx.device.type == "cuda"
     keys: dict[str, Any] = {}
-    if zero.offload_optimizer is not Offload.none:
+    if offloads(cfg):
         keys["offload_optimizer"] = _place(cfg, zero.offload_optimizer, pin=pin)
         if zero.stage == 3 and zero.offload_optimizer is Offload.cpu:
-            keys["offload_optimizer"]["ratio"] = zero.offload_ratio
+            keys["offload_optimizer"]["ratio"] = offload_share(cfg)
     if zero.offload_params is not Offload.none:
         keys["offload_param"] = _place(cfg, zero.offload_params, pin=pin)
     if zero.offload_strategy is OffloadStrategy.superoffload:

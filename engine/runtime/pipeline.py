@@ -105,6 +105,7 @@ class PipelineRunner:
     @torch.no_grad()
     def eval_step(self, batches: Iterable[Batch]) -> Tensor:
         """See `Engine.eval_step`."""
+        self._ds.settle()
         self._stage.eval()
         return sum_of_shares(self._evaluation.run(make_feeds(batches, self._cfg, self.ctx), train=False), self.ctx)
 
@@ -116,10 +117,12 @@ class PipelineRunner:
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.parameters`."""
+        self._ds.settle()
         return gradients.read(self._stage.parameters(), gradients.full_parameter)
 
     def state(self) -> EngineState:
         """See `Engine.state`."""
+        self._ds.settle()
         return read_state(self._ds.optimizer, self._cfg.optim.name)
 
     def adopt_state(self, numbers: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ from engine.config.enums import OptimizerName
 from engine.optim.pieces import LogicalOptimizer, Piece
 from engine.optim.state import Held
 from engine.parallel.logical import logical_of
+from engine.runtime.flat import FlatOptimizer
 
 
 def attach_pieces(ds_optimizer: object, name: OptimizerName) -> None:
@@ -43,6 +44,8 @@ def held_tensors(ds_optimizer: Any, name: OptimizerName) -> list[Held]:
     inner = getattr(ds_optimizer, "optimizer", ds_optimizer)
     if isinstance(ds_optimizer, DeepSpeedZeroOptimizer):
         flats, parameters = ds_optimizer.single_partition_of_fp32_groups, ds_optimizer.bit16_groups
+    elif isinstance(ds_optimizer, FlatOptimizer):
+        return list(_stretches(ds_optimizer, name))
     elif isinstance(ds_optimizer, BF16_Optimizer):
         flats, parameters = ds_optimizer.fp32_groups_flat_partition, ds_optimizer.bf16_groups
     else:
@@ -55,6 +58,18 @@ def held_tensors(ds_optimizer: Any, name: OptimizerName) -> list[Held]:
         Held(inner, name, group, flat, _linked(members), True)
         for group, flat, members in zip(inner.param_groups, flats, parameters, strict=True)
     ]
+
+
+def _stretches(ds_optimizer: FlatOptimizer, name: OptimizerName) -> Iterator[Held]:
+    """Each group's partition may lie in two places."""
+    inner = ds_optimizer.optimizer
+    for group, found, members in zip(
+        inner.param_groups, ds_optimizer.stretches(), ds_optimizer.bf16_groups, strict=True
+    ):
+        pieces = _linked(members)
+        for start, tensor in found:
+            here = [piece.within(start, start + tensor.numel()) for piece in pieces]
+            yield Held(inner, name, group, tensor, here, True)
 
 
 def _partitioned(ds_optimizer: DeepSpeedZeroOptimizer_Stage3, name: OptimizerName) -> Iterator[Held]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -23,9 +22,7 @@ _STEPS = "optimizer_steps"
 
 
 def read_state(ds_optimizer: Any, name: OptimizerName) -> EngineState:
-    """State of a `DeepSpeedEngine`'s `optimizer`; see `Engine.state`."""
-    if isinstance(ds_optimizer, FlatOptimizer):
-        ds_optimizer.settle()
+    """State of a `DeepSpeedEngine`'s `optimizer`, with no step under way; see `Engine.state`."""
     held = held_tensors(ds_optimizer, name)
     slots: list[Slot] = [slot for tensor in held for slot in tensor.slots()]
     numbers = {_STEPS: float(max((tensor.steps for tensor in held), default=0))}
@@ -50,7 +47,7 @@ def adopt_state(ds_optimizer: Any, name: OptimizerName, numbers: Mapping[str, fl
         found = numbers.get(f"loss_scale.{key}")
         if scaler is not None and found is not None and hasattr(scaler, key):
             setattr(scaler, key, type(getattr(scaler, key))(found))
-    if isinstance(ds_optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+    if isinstance(ds_optimizer, (DeepSpeedZeroOptimizer, FlatOptimizer)):
         ds_optimizer.update_lp_params()
     elif isinstance(ds_optimizer, DeepSpeedZeroOptimizer_Stage3):
         _refresh_partitions(ds_optimizer)

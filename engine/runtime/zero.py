@@ -94,6 +94,7 @@ class ZeroRunner:
     @torch.no_grad()
     def eval_step(self, batches: Iterable[Batch]) -> Tensor:
         """See `Engine.eval_step`."""
+        self._ds.settle()
         self._ds.eval()
         shares = [self._ds(feed) for feed in make_feeds(batches, self._cfg, self.ctx)]
         return sum_of_shares(torch.stack(shares).sum(), self.ctx)
@@ -106,10 +107,12 @@ class ZeroRunner:
 
     def parameters(self) -> Iterator[tuple[LogicalTensor, Tensor]]:
         """See `Engine.parameters`."""
+        self._ds.settle()
         return gradients.read(self._ds.module.parameters(), gradients.full_parameter)
 
     def state(self) -> EngineState:
         """See `Engine.state`."""
+        self._ds.settle()
         return read_state(self._ds.optimizer, self._cfg.optim.name)
 
     def adopt_state(self, numbers: Mapping[str, float]) -> None:

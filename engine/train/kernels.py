@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from engine.config.derived import head_dim, is_causal, kv_heads
-from engine.config.enums import Fp8, Fp8Kernel, Kernel, Offload, OptimizerName, Positions
+from engine.config.enums import Fp8, Fp8Kernel, Kernel, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.dist.init import DTYPES
 from engine.errors import ConfigError, Violation
 from engine.runtime.compile import wants_compile
+from engine.runtime.offload import offloads
 from engine_kernels.ops import Kernels, kernels_of
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
 
@@ -67,7 +68,7 @@ class Chosen:
 def situation(cfg: Config, device: torch.device) -> Situation:
     """What the implementations are asked about. The rules hold for `cfg`."""
     model, causal = cfg.model, is_causal(cfg.model)
-    elsewhere = cfg.zero.offload_optimizer is not Offload.none
+    elsewhere = offloads(cfg)
     return Situation(
         device,
         DTYPES[cfg.precision.dtype],
@@ -134,6 +135,6 @@ def _has(cfg: Config, option: str, asked: object) -> bool:
     if option == "fp8":
         return cfg.precision.fp8 is not Fp8.none
     if option == "optimizer":
-        here = cfg.optim.name is OptimizerName.adamw and cfg.zero.offload_optimizer is Offload.none
+        here = cfg.optim.name is OptimizerName.adamw and not offloads(cfg)
         return here or asked is Kernel.triton
     return True

@@ -19,6 +19,7 @@ from engine.checkpoint.restore import load as load_state
 from engine.checkpoint.restore import open_first, open_verified, require_same_optimizer
 from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder
 from engine.config.derived import writes_checkpoints
+from engine.config.hardware import resolve
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml
 from engine.config.schema import Config
@@ -34,6 +35,7 @@ from engine.observe.environment import environment
 from engine.observe.folder import METRICS_FILE, MICRO_BATCH_FILE, hold_run_folder, open_run_folder, usable_run_folder
 from engine.optim.state import kinds_of
 from engine.parallel.logical import LogicalTensor
+from engine.plan.fit import budget_bytes, settle_offload
 from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
 from engine.runtime import extensions
@@ -111,6 +113,9 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     Args:
         empty: weights are zero, to be loaded.
     """
+    world_size = ctx.pp.size * ctx.tp.size * ctx.reduce.size
+    if line := settle_offload(cfg, world_size, _budget(cfg, ctx.device)):
+        log.say(line)
     chosen = choose_kernels(cfg, ctx.device)
     layers = build_layers(cfg, ctx, chosen.kernels)
     bounds = stage_bounds(cfg)
@@ -120,6 +125,14 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     if cfg.checkpoint.initial_weights is not None and not empty:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     return runtime.build(layers, bounds, initial, cfg, ctx, chosen.kernels.adamw_step)
+
+
+def _budget(cfg: Config, device: torch.device) -> int | None:
+    """Bytes that this rank may take of a GPU."""
+    if device.type != "cuda":
+        return None
+    hardware = resolve(cfg.hardware, torch.cuda.get_device_name(device))
+    return budget_bytes(hardware, torch.cuda.get_device_properties(device).total_memory)
 
 
 def _zeros(logical: LogicalTensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from engine.model.build import build_layers
 from engine.model.feed import Feed
 from engine.model.layers import random_weights
 from engine.model.loss import NextTokenLoss
+from engine.plan.stages import stage_bounds
 from engine.topology.grid import Grid
 from engine.train.kernels import choose_kernels
 from engine_kernels.reference.adamw import adamw_step
@@ -35,7 +36,7 @@ class Run:
         ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), torch.device("cpu"))
         layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
         update = adamw_step if one_pass else None
-        self.engine: Any = runtime.build(layers, [0, len(layers)], random_weights(7), cfg, ctx, update)
+        self.engine: Any = runtime.build(layers, stage_bounds(cfg), random_weights(7), cfg, ctx, update)
         self._cfg, self._ctx, self._split = cfg, ctx, open_data(cfg.data, cfg.model).train
 
     def step(self, number: int, lr: float = 1e-2) -> tuple[float, float]:
@@ -89,9 +90,9 @@ def test_one_pass_gives_what_clipping_and_torchs_adamw_give(world: int, words: l
             assert float((master - theirs[name]).norm()) <= 2e-2 * float(theirs[name].norm()), name
 
 
-def dropped(world: int) -> tuple[float, bool, list[float]]:
+def dropped(world: int, *words: str) -> tuple[float, bool, list[float]]:
     """Norm of a step whose loss is infinite, whether nothing changed, and steps counted: before, after, and one on."""
-    run = Run(load([*WORDS, "train.accum_steps=2"]), world, one_pass=True)
+    run = Run(load([*WORDS, "train.accum_steps=2", *words]), world, one_pass=True)
     run.step(0)
     forward, before, counted = NextTokenLoss.forward, run.weights(), [run.steps()]
 

@@ -20,6 +20,7 @@ from engine.dist.spawn import run_ranks
 from engine.optim.groups import build_optimizer
 from engine.optim.schedule import set_learning_rate
 from engine.runtime.ds_axes import Axes, mark_parameters
+from engine.runtime.ds_engine import allow_fp16_on_cpus
 from engine.runtime.gradients import mend_norm
 from engine.runtime.shards import attach_pieces
 from engine.topology.grid import Grid
@@ -93,6 +94,7 @@ def trained(layout: Layout, names: list[OptimizerName]) -> dict[OptimizerName, d
     for name in names:
         model = Bowls(ctx.tp, held)
         mark_parameters(model.parameters())
+        allow_fp16_on_cpus()
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model.parameters(), options(name), ctx),

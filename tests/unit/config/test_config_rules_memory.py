@@ -24,6 +24,7 @@ from tests.helpers.configs import make
 CPU, NVME = Offload.cpu, Offload.nvme
 # What zenflow and superoffload need, but for an optimizer in host memory.
 SPECIAL = {"zero__stage": 3, "checkpoint__save_final": False}
+STREAMED = {"zero__offload_optimizer": CPU, "precision__dtype": DType.bf16}
 ZENFLOW, SUPER = OffloadStrategy.zenflow, OffloadStrategy.superoffload
 
 # changes, code, option=value, words of the rule, words of the way out
@@ -39,9 +40,40 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         {"precision__states": DType.bf16, "precision__dtype": DType.bf16, "zero__stage": 2},
         379,
         "precision.states=bf16",
-        "bf16 states are AdamW's at ZeRO-1 of a bf16 model on its device, and here is zero.stage=2",
+        "bf16 states are AdamW's at ZeRO-1 of a bf16 model, offloaded or not, and here is zero.stage=2",
         "Use precision.states=fp32",
     ),
+    (
+        {**STREAMED, "precision__states": DType.bf16, "zero__offload_strategy": OffloadStrategy.plain},
+        379,
+        "precision.states=bf16",
+        "and here is zero.offload_strategy=plain",
+        "Use precision.states=fp32",
+    ),
+    (
+        {"zero__offload_strategy": OffloadStrategy.streamed, "zero__stage": 2},
+        318,
+        "zero.offload_strategy=streamed",
+        "and here is precision.dtype=fp32, zero.stage=2, zero.offload_optimizer=none",
+        "Use zero.offload_strategy=auto, or 'optim.name=adamw precision.dtype=bf16 zero.stage=1 "
+        "zero.offload_optimizer=cpu'",
+    ),
+    (
+        {"zero__offload_delay": 1, "zero__offload_optimizer": CPU},
+        319,
+        "zero.offload_delay=1",
+        "only weights whose state is streamed lag behind, and here is precision.dtype=fp32",
+        "Use zero.offload_delay=0, or 'optim.name=adamw precision.dtype=bf16 zero.stage=1 "
+        "zero.offload_optimizer=cpu zero.offload_strategy=auto'",
+    ),
+    (
+        {**STREAMED, "zero__offload_delay": 1, "zero__offload_strategy": OffloadStrategy.plain},
+        319,
+        "zero.offload_delay=1",
+        "and here is zero.offload_strategy=plain",
+        "Use zero.offload_delay=0",
+    ),
+    ({**STREAMED, "zero__offload_delay": 2}, 301, "zero.offload_delay=2", "at most 1", "Use zero.offload_delay=1"),
     (
         {"precision__states": DType.fp16},
         379,
@@ -95,7 +127,7 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         {"zero__offload_ratio": 0.5, "zero__stage": 3},
         344,
         "zero.offload_ratio=0.5",
-        "here they are 3, adamw and none",
+        "here is adamw, none, zero.stage=3 in fp32 with zero.offload_strategy=auto",
         "Use zero.offload_ratio=1, or 'zero.stage=3 optim.name=adamw zero.offload_optimizer=cpu'",
     ),
     (
@@ -229,7 +261,7 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         "warm-up 4 and cooldown 7 are together longer than the 10 steps they share",
         "Use optim.cooldown_steps=6, or optim.warmup_steps=3",
     ),
-    ({"zero__offload_ratio": 0.0}, 301, "zero.offload_ratio=0.0", "greater than 0 and at most 1", "default"),
+    ({"zero__offload_ratio": 0.0}, 301, "zero.offload_ratio=0.0", "greater than 0 and at most 1", "Use a number"),
     ({"train__label_smoothing": 1.0}, 301, "train.label_smoothing=1.0", "less than 1", "default"),
 ]
 
@@ -250,6 +282,7 @@ def test_one_broken_rule(changes: dict[str, Any], code: int, head: str, rule: st
     "changes",
     [
         {"zero__offload_optimizer": CPU, "zero__stage": 1, "optim__name": OptimizerName.lion},
+        {**STREAMED, "zero__offload_delay": 1, "zero__offload_ratio": 0.5, "precision__states": DType.bf16},
         {"zero__offload_optimizer": CPU, "zero__offload_params": CPU, "zero__stage": 3, "zero__offload_ratio": 0.5},
         {"zero__offload_optimizer": NVME, "zero__offload_params": NVME, "zero__stage": 3, "zero__nvme_path": "disk"},
         {"zero__offload_params": CPU, "zero__stage": 3, "optim__name": OptimizerName.muon},

@@ -12,7 +12,17 @@ from engine.config.hardware import presets
 from engine.config.load import load
 from engine.config.schema_hardware import HardwareConfig
 from engine.plan.__main__ import main
-from engine.plan.fit import GIB, budget_bytes, peak_bytes, predicted, report, sizes, ways, with_micro_batch
+from engine.plan.fit import (
+    GIB,
+    budget_bytes,
+    peak_bytes,
+    predicted,
+    report,
+    settle_offload,
+    sizes,
+    ways,
+    with_micro_batch,
+)
 from engine.plan.memory import memory
 from tests.helpers.configs import make
 
@@ -115,5 +125,29 @@ def test_the_plan_expects_a_micro_batch_where_the_device_is_stated(capsys: Captu
 
 
 def test_hosts_of_a_stated_device_are_as_large_as_its_preset_says(capsys: Capture) -> None:
-    assert main([*BILLION, "hardware=h200", "zero=z1_offload"]) == 0
+    assert main([*BILLION, "hardware=h200", "zero=z1_offload", "zero.offload_ratio=1"]) == 0
     assert f"h200 hosts have {presets()['h200'].host_memory_gib:.1f} GiB" in capsys.readouterr().out
+
+
+def test_the_least_share_that_fits_is_offloaded() -> None:
+    words = [*BILLION, "zero=z1_offload", "train.accum_steps=2"]
+    whole = peak_bytes(load([*words, "zero.offload_ratio=1"]), 1)
+    none = peak_bytes(load([*BILLION, "zero=z1", "train.accum_steps=2"]), 1)
+    for budget, share in ((none, 0.0), ((whole + none) // 2 + 1, 0.5), (whole - 1, 1.0)):
+        cfg = load(words)
+        said = settle_offload(cfg, 1, budget)
+        assert cfg.zero.offload_ratio == share
+        assert said is not None
+        assert said.startswith(f"zero.offload_ratio={share:g} by the plan: then a device holds ")
+    assert settle_offload(cfg, 1, budget) is None, "it is set"
+    on_cpu = load(words)
+    assert settle_offload(on_cpu, 1, None) is None
+    assert on_cpu.zero.offload_ratio == 1.0
+    plain = load([*words, "zero.offload_strategy=plain"])
+    assert settle_offload(plain, 1, whole) is None
+    assert plain.zero.offload_ratio is None
+
+
+def test_the_plan_tells_the_share_where_the_device_is_stated(capsys: Capture) -> None:
+    assert main([*BILLION, "zero=z1_offload", "hardware=h200"]) == 0
+    assert "zero.offload_ratio=0 by the plan: then a device holds" in capsys.readouterr().out

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.enums import DType, Offload, Recompute
+from engine.config.enums import Device, DType, Offload, OffloadStrategy, Recompute
 from engine.errors import ConfigError
 from engine.plan.costs import total_parameters
 from engine.plan.host import available_bytes, host_bytes, input_bytes, require, snapshot_bytes
 from engine.plan.memory import memory
 from tests.helpers.configs import make
 
-OFFLOAD = {"zero__offload_optimizer": Offload.cpu, "precision__dtype": DType.bf16}
+OFFLOAD = {
+    "zero__offload_optimizer": Offload.cpu,
+    "zero__offload_strategy": OffloadStrategy.plain,
+    "precision__dtype": DType.bf16,
+}
 
 
 def test_each_host_keeps_what_its_ranks_keep() -> None:
@@ -36,6 +40,16 @@ def test_what_does_not_fit_is_refused_with_the_number_of_hosts() -> None:
         f"{needed / 5:.1f} GiB are free. Use zero.offload_optimizer=none, or spread the replicas over at least 5 such "
         "hosts"
     )
+
+
+def test_streamed_state_of_a_gpu_is_measured_where_its_share_is_known() -> None:
+    streamed = {**OFFLOAD, "zero__offload_strategy": OffloadStrategy.auto, "model__hidden_size": 4800}
+    require(make(**streamed, train__device=Device.auto), 8, 4, available=0)
+    for known in ({"train__device": Device.cpu}, {"zero__offload_ratio": 1.0}):
+        cfg = make(**streamed, **known)
+        assert sum(host_bytes(cfg, 8, 4)) == 12 * total_parameters(cfg.model)
+        with pytest.raises(ConfigError, match="OCT345"):
+            require(cfg, 8, 4, available=0)
 
 
 def test_parameters_on_the_host_are_named_and_nvme_is_offered() -> None:

@@ -220,6 +220,15 @@ def test_bytes_a_parameter_in_mixed_precision_and_where_offload_puts_them() -> N
     second = memory(make(**{**offload, "zero__stage": 2}), 1, 0)
     # Measured with GPT 6.7B on an H200: the fp32 sums stay on the device, a bf16 copy of the weights is in host memory.
     assert (second.optimizer, second.gradients, second.host) == (0, 4 * count, 18 * count)
+    streamed = {**offload, "zero__stage": 1, "zero__offload_ratio": 0.5, "train__accum_steps": 2}
+    for more, state, beside in (
+        ({}, 12, 0),
+        ({"zero__offload_delay": 1}, 12, 4),
+        ({"precision__states": DType.bf16}, 4, 2),
+    ):
+        got = memory(make(**streamed, **more), 2, 0)
+        assert (got.gradients, got.optimizer) == (4 * count, state * count / 4)
+        assert got.host == (state + beside) * count / 4
     half = memory(make(**offload, zero__offload_ratio=0.5), 2, 0)
     assert (half.optimizer, half.host) == (12 * count / 4, 16 * count / 4)
     both = memory(make(**offload, zero__offload_params=Offload.cpu), 2, 0)
