@@ -48,7 +48,7 @@ class Plan:
 
 PARITY = (
     "--worlds 1,2 --pp 1 --tp 1 --context 1 --sequence off --zero 1 --accum 1 --offload none --flavours gpt2 "
-    "--packed off --recompute none --tied tied --dropout 0.0 --length fixed --loss plain train.steps=2 data.seq_len=8"
+    "--packed off --recompute none --tied tied --dropout 0.0 --length fixed --loss plain train.steps=4 data.seq_len=16"
 )
 PARITY_SAYS = ("parity: N cases, N references computed", "parity holds in all N cases")
 COMMANDS = {
