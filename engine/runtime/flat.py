@@ -63,6 +63,7 @@ class FlatOptimizer(BF16_Optimizer):
             )
         self._runs: list[list[tuple[int, int]]] | None = None
         self._finite: Tensor | None = None
+        self._known: torch.cuda.Event | None = None
         self._global_grad_norm = torch.zeros((), device=ctx.device)
 
     def clear_lp_grads(self, set_to_none: bool = False) -> None:
@@ -119,7 +120,7 @@ class FlatOptimizer(BF16_Optimizer):
         if self.clip_grad > 0:
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, FlatAdamW):
-            self._finite = finite
+            self._tell(finite)
             self._update_in_one_pass(torch.where(finite, factor, torch.nan))
         elif bool(finite):
             self._update(factor)
@@ -135,12 +136,22 @@ class FlatOptimizer(BF16_Optimizer):
         self.clear_hp_grads()
 
     def settle(self) -> None:
-        """Take back what the host counted of a step that the device dropped. Waits for that step."""
+        """Take back what the host counted of a step that the device dropped. Waits for that step's norm."""
+        if self._known is not None:
+            self._known.synchronize()
         self.overflow = self._finite is not None and not bool(self._finite)
         if self.overflow:
             assert isinstance(self.optimizer, FlatAdamW)
             self.optimizer.uncount()
-        self._finite = None
+        self._finite = self._known = None
+
+    def _tell(self, finite: Tensor) -> None:
+        """Let the host know by and by, without a wait for what is launched after."""
+        self._finite = finite
+        if finite.is_cuda:
+            self._finite = torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
+            self._known = torch.cuda.Event()
+            self._known.record()
 
     def _give_up_masters(self) -> None:
         """Let the optimizer step this rank's partition of the bf16 weights in place of fp32 copies."""

@@ -112,6 +112,26 @@ def test_the_kernels_of_auto_can_be_recorded() -> None:
     assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in curve], abs=0.02)
 
 
+def waits(words: list[str]) -> None:
+    """Steps after the first two, which compile, under a watch that raises where the host waits for the device."""
+    cfg = load([*MODEL, *words])
+    ctx = ParallelContext.create(Grid.from_config(cfg.parallel, 1), torch.device("cuda", torch.cuda.current_device()))
+    engine = build_engine(cfg, ctx)
+    size, split = global_batch(cfg, ctx), open_data(cfg.data, cfg.model).train
+    with read_ahead(split, range(0, STEPS * size, size), cfg, ctx) as batches:
+        for step, batch in enumerate(batches):
+            # Events are waited for without a word: that of the last step's norm.
+            torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+            engine.train_step(batch, 1e-3)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("switch", ["off", "on"])
+def test_the_host_does_not_wait_for_a_step(switch: str) -> None:
+    words = ["train.accum_steps=2", "kernels.optimizer=triton", f"kernels.cuda_graphs={switch}"]
+    run_ranks(waits, 1, (words,), backend="nccl", timeout_s=300)
+
+
 def test_a_run_says_so_and_validates_between(tmp_path: Path) -> None:
     words = [word for word in MODEL if not word.startswith("run.")]
     words += ["train.steps=12", "train.eval_every=4", "train.eval_batches=2", "parallel.dp=1", "train.accum_steps=2"]
