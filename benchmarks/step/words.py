@@ -67,7 +67,7 @@ class Words:
 
 
 def words_of(case: Case, overrides: Sequence[str] = ()) -> Words:
-    """The overrides of `case` and of the command line, whose layout and number formats are Octant's alone.
+    """The overrides of `case` and of the command line, whose layout, number formats and CUDA graphs are Octant's alone.
 
     Raises:
         ValueError: Octant's layout does not fit `case.gpus`, or its global batch cannot be shared by as many replicas.
@@ -80,7 +80,8 @@ def words_of(case: Case, overrides: Sequence[str] = ()) -> Words:
     if replicas * cut != case.gpus:
         raise ValueError(f"{case.name}: pp * tp * context = {cut} does not divide its {case.gpus} GPUs")
     samples = value_of(octant, "train.micro_batch") * value_of(octant, "train.accum_steps") * replicas
-    shared = [*common, *(word for word in overrides if not word.startswith(("parallel", "precision")))]
+    own = ("parallel", "precision", "kernels.cuda_graphs")
+    shared = [*common, *(word for word in overrides if not word.startswith(own))]
     whole = [*(word for word in shared if not word.startswith("zero")), "zero=z1"]
 
     def over(count: int, words: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from engine.config.batch import batch_violations, settle
 from engine.config.bounds import bound_violations
 from engine.config.layout import layout_violations
 from engine.config.rules_data import sample_violations
+from engine.config.rules_kernels import graph_violations
 from engine.config.rules_memory import memory_violations, zero_violations
 from engine.config.rules_model import data_violations, loss_violations, model_violations
 from engine.config.rules_parallel import RELATED, cut_violations, fits, schedule_violations
@@ -54,6 +55,7 @@ def check(cfg: Config, world_size: int) -> list[Violation]:
         *fp8_violations(cfg, sized=degrees and related),
         *loss_violations(cfg),
         *(batch_violations(cfg, world_size) if degrees else []),
+        *(graph_violations(cfg, world_size) if degrees else []),
         *run_violations(cfg),
         *state_violations(cfg),
         *extra_violations(cfg),

@@ -30,3 +30,7 @@ class KernelsConfig:
     """Pass over kernels that add up in no fixed order: the same inputs give the same bits."""
     compile: Switch = Switch.auto
     """torch.compile for the transformer blocks and the loss. `auto`: on for GPUs."""
+    cuda_graphs: Switch = Switch.off
+    """Record the forward and backward pass of a micro-batch once and launch it as a whole, where the host is slower
+    than the GPU. What a pass holds is then kept between passes, and validation needs memory of its own. `auto`: on for
+    GPUs where the rules (385 to 389) let it. On CPUs passes run as ever."""

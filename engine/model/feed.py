@@ -127,7 +127,8 @@ def count_targets(batches: Iterable[Batch], ctx: ParallelContext) -> tuple[Tenso
         found[0] += (batch.labels_BS != IGNORE).sum()
         if batch.sentence_B is not None:
             found[1] += (batch.sentence_B != IGNORE).sum()
-    found = found.to(ctx.device)
+    # Written by the device itself: a copy would wait until it has done all before, and leave it idle then.
+    found = torch.stack([torch.full((), float(count), dtype=found.dtype, device=ctx.device) for count in found])
     if ctx.dp.group is not None:
         dist.all_reduce(found, group=ctx.dp.group)
     targets, sentences = found.clamp(min=1.0).float()

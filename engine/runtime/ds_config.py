@@ -42,6 +42,8 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         **_precision(cfg),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the device before every pass and after it, from the third step on.
+        "timers": {"throughput": {"enabled": False}},
     }
     if zero.stage == 3 and train.tiles is not Tiles.none:
         # Tiles use the weights of a block many times: they are gathered once for all of them.

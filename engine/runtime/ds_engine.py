@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,15 @@ class Engine(DeepSpeedEngine):
             output = output * float(self.mpu.get_data_parallel_world_size())
             if isinstance(self.optimizer, ZeROOptimizer):
                 output = self.optimizer.scale_if_loss(output)
+        with self.around_backward():
+            torch.autograd.backward(output, gradient)
+
+    @contextmanager
+    def around_backward(self) -> Iterator[None]:
+        """DeepSpeed's bookkeeping around a backward pass that it does not run itself.
+
+        Reduces gradients after the last one of a step that it manages.
+        """
         self._running_engine_backward = True
         try:
             if isinstance(self.optimizer, ZeROOptimizer):
@@ -77,7 +88,7 @@ class Engine(DeepSpeedEngine):
             if self.zero_optimization_partition_gradients():
                 # Else the first gradient does it, and a chunk of a tied table alone has none that DeepSpeed sees.
                 self.optimizer.setup_buckets()
-            torch.autograd.backward(output, gradient)
+            yield
             self._backward_epilogue()
         finally:
             self._running_engine_backward = False

@@ -67,6 +67,7 @@ class FlatOptimizer(BF16_Optimizer):
             )
         self._runs: list[list[tuple[int, int]]] | None = None
         self._finite: Tensor | None = None
+        self._known: torch.cuda.Event | None = None
         self._global_grad_norm = torch.zeros((), device=ctx.device)
 
     def clear_lp_grads(self, set_to_none: bool = False) -> None:
@@ -125,8 +126,8 @@ class FlatOptimizer(BF16_Optimizer):
         if self.clip_grad > 0:
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, FlatAdamW):
-            self._finite = finite
             factor = torch.where(finite, factor, torch.nan)
+            self._tell(finite)
             if self._host is not None:
                 self._host.begin(factor)
             self._update_in_one_pass(factor)
@@ -151,11 +152,13 @@ class FlatOptimizer(BF16_Optimizer):
         Returns whether this rank's partition has new weights by that.
         """
         late = self._host is not None and self._host.finish()
+        if self._known is not None:
+            self._known.synchronize()
         self.overflow = self._finite is not None and not bool(self._finite)
         if self.overflow:
             assert isinstance(self.optimizer, FlatAdamW)
             self.optimizer.uncount()
-        self._finite = None
+        self._finite = self._known = None
         return late
 
     @torch.no_grad()
@@ -212,6 +215,14 @@ class FlatOptimizer(BF16_Optimizer):
             start_alignment_factor=self.nccl_start_alignment_factor,
             allgather_bucket_size=self.allgather_bucket_size,
         )
+
+    def _tell(self, finite: Tensor) -> None:
+        """Let the host know by and by, without a wait for what is launched after."""
+        self._finite = finite
+        if finite.is_cuda:
+            self._finite = torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
+            self._known = torch.cuda.Event()
+            self._known.record()
 
     def _update_in_one_pass(self, factor: Tensor) -> None:
         """What is on the device."""

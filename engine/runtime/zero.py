@@ -22,6 +22,7 @@ from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
 from engine.runtime.ds_config import clips_itself
 from engine.runtime.ds_engine import Engine
+from engine.runtime.graphs import CudaRecorder, GraphedPasses, Repeater, wants_graphs
 from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
 from engine.runtime.state import adopt_state, read_state
@@ -66,6 +67,10 @@ class ZeroRunner:
         self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)
         gradients.mend_norm(self._ds.optimizer, ctx)
         attach_pieces(self._ds.optimizer, cfg.optim.name)
+        self.graphed: GraphedPasses | None = None
+        if wants_graphs(cfg, ctx):
+            recorder = CudaRecorder(ctx.device) if ctx.device.type == "cuda" else Repeater()
+            self.graphed = GraphedPasses(self._launch, self._ds.optimizer.fp32_groups_has_gradients, recorder)
 
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""
@@ -75,10 +80,7 @@ class ZeroRunner:
         total = torch.zeros((), device=self.ctx.device)
         norm: Tensor | None = None
         for feed in make_feeds(batches, self._cfg, self.ctx):
-            share = self._ds(feed)
-            # Shares are summed over micro-batches and ranks; DeepSpeed averages over both.
-            self._ds.backward(share * float(self._cfg.train.accum_steps * self.ctx.reduce.size))
-            total += share.detach()
+            total += self._pass(feed)
             if self._ds.is_gradient_accumulation_boundary():
                 if self.on_gradients is not None:
                     self.on_gradients()
@@ -90,6 +92,25 @@ class ZeroRunner:
         if norm is None:
             norm = torch.as_tensor(self._ds.get_global_grad_norm(), device=self.ctx.device)
         return StepResult(loss=sum_of_shares(total, self.ctx), grad_norm=norm)
+
+    def _pass(self, feed: Feed) -> Tensor:
+        """Forward and backward pass of a micro-batch; its share of the loss."""
+        if self.graphed is not None:
+            with self._ds.around_backward():
+                return self.graphed(feed)
+        share: Tensor = self._ds(feed)
+        self._ds.backward(self._scaled(share))
+        return share.detach()
+
+    def _launch(self, feed: Feed) -> Tensor:
+        """`_pass` without what DeepSpeed does on the host in its own passes, down to the last bit."""
+        share: Tensor = self._ds.module.forward(feed)
+        torch.autograd.backward(self._scaled(share) / self._ds.gradient_accumulation_steps())
+        return share.detach()
+
+    def _scaled(self, share: Tensor) -> Tensor:
+        """Shares are summed over micro-batches and ranks; DeepSpeed averages over both."""
+        return share * float(self._cfg.train.accum_steps * self.ctx.reduce.size)
 
     @torch.no_grad()
     def eval_step(self, batches: Iterable[Batch]) -> Tensor:

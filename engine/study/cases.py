@@ -164,7 +164,7 @@ def configure(base: Config, case: Case) -> Config:
     optim.name, optim.schedule, optim.warmup_steps = OptimizerName.sgd, ScheduleName.constant, 0
     precision.tf32, precision.grad_accum = False, DType.fp32
     precision.loss_scale = LOSS_SCALE if precision.dtype is DType.fp16 else None
-    cfg.kernels.compile = Switch.off
+    cfg.kernels.compile = cfg.kernels.cuda_graphs = Switch.off
     cfg.logging.wandb = WandbMode.disabled
     return cfg
 

@@ -13,6 +13,7 @@ from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.observe.progress import human_count
 from engine.plan.costs import parameter_counts, total_parameters
+from engine.runtime.graphs import EAGER, wants_graphs
 from engine.topology.execution import execute
 from engine.topology.schedule import build
 from engine.train.kernels import Chosen
@@ -52,6 +53,8 @@ def describe(
     if cfg.precision.fp8 is not Fp8.none:
         yield _fp8(cfg)
     yield from chosen.lines(ctx.device)
+    if ctx.device.type == "cuda" and wants_graphs(cfg, ctx):
+        yield f"cuda graphs: passes are recorded after {EAGER} of each kind; validation is launched kernel by kernel"
 
 
 def _fp8(cfg: Config) -> str:

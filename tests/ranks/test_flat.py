@@ -168,3 +168,18 @@ def in_buckets(world: int) -> bool:
 
 def test_buckets_of_any_size_give_the_same_bits() -> None:
     assert run_ranks(in_buckets, 2, (2,)) == [True, True]
+
+
+def waits(world: int) -> int:
+    """How often DeepSpeed has waited for the device in five steps; its timers do from the third on."""
+    from deepspeed.accelerator import get_accelerator
+
+    run, found = Run(load([*WORDS, "train.accum_steps=2"]), world, one_pass=True), []
+    get_accelerator().synchronize = lambda *_: found.append(1)
+    for number in range(5):
+        run.step(number)
+    return len(found)
+
+
+def test_deepspeed_does_not_wait_for_the_device() -> None:
+    assert run_ranks(waits, 1, (1,)) == [0]

@@ -69,3 +69,9 @@ def test_dynamic_and_constant_loss_scale() -> None:
     assert dynamic["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "bf16" not in dynamic
     assert emitted("precision=fp16", "precision.loss_scale=256")["fp16"]["loss_scale"] == 256
+
+
+def test_no_timer_waits_for_the_device_unless_it_is_asked_for() -> None:
+    assert emitted()["timers"] == {"throughput": {"enabled": False}}
+    timed = emitted("+runtime.deepspeed_extra.timers.throughput.enabled=true")
+    assert timed["timers"] == {"throughput": {"enabled": True}}

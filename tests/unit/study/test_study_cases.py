@@ -188,14 +188,16 @@ def test_a_case_sets_what_it_names() -> None:
 def test_a_case_is_without_what_it_does_not_name() -> None:
     asked = base(dropout=0.1, attention_dropout=0.1)
     asked.precision.tf32 = True
-    asked.kernels.compile, asked.logging.wandb = Switch.on, WandbMode.online
+    asked.kernels.compile = asked.kernels.cuda_graphs = Switch.on
+    asked.logging.wandb = WandbMode.online
     asked.train.recompute, asked.data.variable_length, asked.data.document_mask = Recompute.full, True, True
     cfg = configure(asked, Case(world=8, pp=2, tp=2, accum=4))
     assert (cfg.model.dropout, cfg.model.attention_dropout, cfg.kernels.attention) == (0.0, 0.0, Attention.auto)
     assert (cfg.train.recompute, cfg.data.variable_length, cfg.precision.tf32) == (Recompute.none, False, False)
     assert not cfg.data.document_mask
     assert (cfg.optim.schedule, cfg.optim.warmup_steps) == (ScheduleName.constant, 0)
-    assert (cfg.kernels.compile, cfg.logging.wandb) == (Switch.off, WandbMode.disabled)
+    assert (cfg.kernels.compile, cfg.kernels.cuda_graphs) == (Switch.off, Switch.off)
+    assert cfg.logging.wandb is WandbMode.disabled
     assert cfg.optim.clip_norm > 0, "clipping is part of what is compared"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -192,3 +194,19 @@ def test_all_refusals_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         choose_kernels(make(kernels__loss=Kernel.triton, kernels__norm=Kernel.triton), CPU)
     assert [violation.option for violation in caught.value.violations] == ["kernels.loss", "kernels.norm"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_is_said_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+
+    def said(device: torch.device, **changes: object) -> list[str]:
+        cfg = llama(kernels__attention=Attention.sdpa, zero__stage=1, **changes)
+        ctx = replace(ParallelContext.single(), device=device)
+        lines = describe(cfg, ctx, [], [0], choose_kernels(cfg, device))
+        return [line for line in lines if line.startswith("cuda graphs")]
+
+    line = "cuda graphs: passes are recorded after 2 of each kind; validation is launched kernel by kernel"
+    assert said(GPU, kernels__cuda_graphs=Switch.on) == said(GPU, kernels__cuda_graphs=Switch.auto) == [line]
+    assert said(GPU, kernels__cuda_graphs=Switch.auto, model__attention_dropout=0.1) == []
+    assert said(GPU) == said(CPU, kernels__cuda_graphs=Switch.on) == []
