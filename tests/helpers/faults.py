@@ -24,14 +24,14 @@ from engine.parallel.sequence import leave
 
 def divide_by_accumulation_twice() -> None:
     """Every pipeline stage, not only the last, divides the gradient by the accumulation steps (DeepSpeed#8152)."""
-    from engine.runtime.pipeline import _Engine
+    from engine.runtime.ds_engine import Engine
 
-    right = _Engine.backward_from
+    right = Engine.backward_from
 
-    def broken(self: _Engine, output: Tensor, gradient: Tensor | None) -> None:
+    def broken(self: Engine, output: Tensor, gradient: Tensor | None) -> None:
         right(self, output, None if gradient is None else gradient / self.gradient_accumulation_steps())
 
-    _Engine.backward_from = broken  # type: ignore[method-assign]
+    Engine.backward_from = broken  # type: ignore[method-assign]
 
 
 def forget_row_bias_reduction() -> None:
