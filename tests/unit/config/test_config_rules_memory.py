@@ -24,7 +24,6 @@ from tests.helpers.configs import make
 CPU, NVME = Offload.cpu, Offload.nvme
 # What zenflow and superoffload need, but for an optimizer in host memory.
 SPECIAL = {"zero__stage": 3, "checkpoint__save_final": False}
-STREAMED = {"zero__offload_optimizer": CPU, "precision__dtype": DType.bf16}
 ZENFLOW, SUPER = OffloadStrategy.zenflow, OffloadStrategy.superoffload
 
 # changes, code, option=value, words of the rule, words of the way out
@@ -43,37 +42,6 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         "bf16 states are AdamW's at ZeRO-1 of a bf16 model, offloaded or not, and here is zero.stage=2",
         "Use precision.states=fp32",
     ),
-    (
-        {**STREAMED, "precision__states": DType.bf16, "zero__offload_strategy": OffloadStrategy.plain},
-        379,
-        "precision.states=bf16",
-        "and here is zero.offload_strategy=plain",
-        "Use precision.states=fp32",
-    ),
-    (
-        {"zero__offload_strategy": OffloadStrategy.streamed, "zero__stage": 2},
-        318,
-        "zero.offload_strategy=streamed",
-        "and here is precision.dtype=fp32, zero.stage=2, zero.offload_optimizer=none",
-        "Use zero.offload_strategy=auto, or 'optim.name=adamw precision.dtype=bf16 zero.stage=1 "
-        "zero.offload_optimizer=cpu'",
-    ),
-    (
-        {"zero__offload_delay": 1, "zero__offload_optimizer": CPU},
-        319,
-        "zero.offload_delay=1",
-        "only weights whose state is streamed lag behind, and here is precision.dtype=fp32",
-        "Use zero.offload_delay=0, or 'optim.name=adamw precision.dtype=bf16 zero.stage=1 "
-        "zero.offload_optimizer=cpu zero.offload_strategy=auto'",
-    ),
-    (
-        {**STREAMED, "zero__offload_delay": 1, "zero__offload_strategy": OffloadStrategy.plain},
-        319,
-        "zero.offload_delay=1",
-        "and here is zero.offload_strategy=plain",
-        "Use zero.offload_delay=0",
-    ),
-    ({**STREAMED, "zero__offload_delay": 2}, 301, "zero.offload_delay=2", "at most 1", "Use zero.offload_delay=1"),
     (
         {"precision__states": DType.fp16},
         379,
@@ -282,7 +250,6 @@ def test_one_broken_rule(changes: dict[str, Any], code: int, head: str, rule: st
     "changes",
     [
         {"zero__offload_optimizer": CPU, "zero__stage": 1, "optim__name": OptimizerName.lion},
-        {**STREAMED, "zero__offload_delay": 1, "zero__offload_ratio": 0.5, "precision__states": DType.bf16},
         {"zero__offload_optimizer": CPU, "zero__offload_params": CPU, "zero__stage": 3, "zero__offload_ratio": 0.5},
         {"zero__offload_optimizer": NVME, "zero__offload_params": NVME, "zero__stage": 3, "zero__nvme_path": "disk"},
         {"zero__offload_params": CPU, "zero__stage": 3, "optim__name": OptimizerName.muon},
