@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.config import Activation, Attention, Config, DType, Kernel, Norm, OptimizerName, Positions, Switch
-from engine.config.enums import Family, Fp8, Fp8Kernel, Offload
+from engine.config.enums import Family, Fp8, Fp8Kernel, Offload, OffloadStrategy
 from engine.dist.context import ParallelContext
 from engine.errors import ConfigError
 from engine.train.describe import describe
@@ -142,7 +142,9 @@ def test_zero_and_offload_decide_on_loss_and_optimizer() -> None:
         names(llama(zero__stage=3, kernels__loss=Kernel.triton))
     asked = names(llama(zero__stage=3, kernels__optimizer=Kernel.triton))
     assert (asked["loss"], asked["optimizer"]) == ("torch", "triton")
-    assert "optimizer" not in names(llama(zero__offload_optimizer=Offload.cpu))
+    offload = {"zero__offload_optimizer": Offload.cpu}
+    assert names(llama(**offload))["optimizer"] == "triton", "of streamed state a part stays on the device"
+    assert "optimizer" not in names(llama(**offload, zero__offload_strategy=OffloadStrategy.plain))
     assert "optimizer" not in names(llama(optim__name=OptimizerName.lion))
     assert "rotary" not in names(make(precision__dtype=DType.bf16))
 
@@ -178,7 +180,11 @@ def test_a_kernel_that_cannot_run_here_is_refused(option: str, monkeypatch: pyte
             "reads the output projection's weight in the loss, and ZeRO-3 gathers it for that layer alone",
         ),
         ("optimizer", {"optim__name": OptimizerName.sgd}, "steps by adamw, not by sgd"),
-        ("optimizer", {"zero__offload_optimizer": Offload.cpu}, "steps by adamw, not by adamw in host memory"),
+        (
+            "optimizer",
+            {"zero__offload_optimizer": Offload.cpu, "zero__stage": 2},
+            "steps by adamw, not by adamw in host memory",
+        ),
         ("norm", {"model__hidden_size": 24576}, "takes hidden sizes up to 16384, not 24576"),
     ],
 )
