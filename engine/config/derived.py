@@ -92,8 +92,13 @@ def can_stream(cfg: Config) -> bool:
 
 
 def streams(cfg: Config) -> bool:
-    """Whether the optimizer's offload is Octant's own; else it is DeepSpeed's, if there is one."""
+    """Whether Octant itself keeps the optimizer's state outside the GPU, or a share of it."""
     return can_stream(cfg) and cfg.zero.offload_strategy in (OffloadStrategy.auto, OffloadStrategy.streamed)
+
+
+def offloads(cfg: Config) -> bool:
+    """Whether DeepSpeed keeps the optimizer's state outside the GPU."""
+    return cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
 
 
 def offload_share(cfg: Config) -> float:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.derived import streams
+from engine.config.derived import offloads, streams
 from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName, Tiles
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.block import Block
 from engine.optim.flat_adamw import FlatAdamW
-from engine.runtime.offload import offload_config, offloads, selective_optimizer
+from engine.runtime.offload import offload_config, selective_optimizer
 
 
 def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config.derived import streams
+from engine.config.derived import offloads
 from engine.config.enums import Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.errors import ConfigError, Violation
@@ -60,8 +60,7 @@ def require(cfg: Config) -> None:
                 way_out="Start where a GPU is, or use zero.offload_strategy=plain",
             )
         )
-    theirs = cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
-    steps_there = theirs and cfg.optim.name is OptimizerName.adamw
+    steps_there = offloads(cfg) and cfg.optim.name is OptimizerName.adamw
     if steps_there and not usable(_ADAM):
         found.append(
             Violation(

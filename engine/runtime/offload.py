@@ -11,7 +11,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, ZenFlowCPUAdam
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from engine.config.derived import offload_share, streams, width_ratio
+from engine.config.derived import offload_share, offloads, streams, width_ratio
 from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -21,11 +21,6 @@ from engine.optim.schedule import set_learning_rate
 from engine.runtime import extensions
 from engine_kernels.ops import AdamWFn
 from engine_kernels.reference.adamw import adamw_step as reference_adamw
-
-
-def offloads(cfg: Config) -> bool:
-    """Whether DeepSpeed keeps the optimizer's state outside the GPU."""
-    return cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
 
 
 def make_optimizer(

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from engine.config.derived import head_dim, is_causal, kv_heads
+from engine.config.derived import head_dim, is_causal, kv_heads, offloads
 from engine.config.enums import Fp8, Fp8Kernel, Kernel, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.dist.init import DTYPES
 from engine.errors import ConfigError, Violation
 from engine.runtime.compile import wants_compile
-from engine.runtime.offload import offloads
 from engine_kernels.ops import Kernels, kernels_of
 from engine_kernels.registry import Choice, KernelUnavailable, Situation, choose
 
