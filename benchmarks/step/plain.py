@@ -11,33 +11,18 @@ from __future__ import annotations
 
 import sys
 
-from torch import Tensor, nn
-
 from benchmarks.step.loop import Step, TorchLoop, main
 from engine.config.derived import width_ratio
 from engine.config.enums import Switch
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.dist.init import DTYPES
-from engine.model.build import build_layers, build_loss
-from engine.model.feed import Feed
+from engine.model.build import ModelWithLoss, build_layers, build_loss
 from engine.model.layers import build_stacks, random_weights
 from engine.optim.groups import build_optimizer
 from engine.runtime.compile import compile_parts
 from engine.runtime.steps import make_feeds, recomputation
 from engine.train.kernels import choose_kernels
-
-
-class _Shares(nn.Module):
-    """A feed in, a share of the loss out."""
-
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, feed: Feed) -> Tensor:
-        share: Tensor = self.loss(self.model(None, feed), feed)
-        return share
 
 
 def make(cfg: Config, ctx: ParallelContext, variant: str) -> Step:
@@ -53,7 +38,7 @@ def make(cfg: Config, ctx: ParallelContext, variant: str) -> Step:
         convert=lambda module: module.to(ctx.device, dtype),
     )
     optimizer = build_optimizer(model.parameters(), cfg.optim, ctx, width_ratio=width_ratio(cfg.model))
-    module = _Shares(model, build_loss(cfg, ctx))
+    module = ModelWithLoss(model, build_loss(cfg, ctx))
     wanted = cfg.kernels.compile is Switch.on or (cfg.kernels.compile is Switch.auto and ctx.device.type == "cuda")
     if wanted and variant == "whole":
         module.compile()

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.enums import Family
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.bert import bert_layers
+from engine.model.feed import Feed
 from engine.model.gpt import gpt_layers
 from engine.model.layers import LayerDef
 from engine.model.loss import NextTokenLoss, PretrainingLoss
 from engine.parallel.overlap_choice import choose_overlap
 from engine_kernels.ops import Kernels
+
+
+class ModelWithLoss(nn.Module):
+    """A feed in, a share of the loss out: a scalar, fp32."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, feed: Feed) -> Tensor:
+        """The share of `feed`."""
+        share: Tensor = self.loss(self.model(None, feed), feed)
+        return share
 
 
 def build_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[LayerDef]:

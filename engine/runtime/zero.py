@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.batch import Batch
-from engine.model.build import build_loss
+from engine.model.build import ModelWithLoss, build_loss
 from engine.model.feed import Feed
 from engine.model.layers import InitialWeights, LayerDef, build_stacks
 from engine.parallel.logical import LogicalTensor
@@ -29,18 +29,6 @@ from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recomputation, sum_of_shares
 from engine.runtime.zero3 import Partitioner
 from engine_kernels.ops import AdamWFn
-
-
-class _ModelWithLoss(nn.Module):
-    """What DeepSpeed sees: a feed in, a share of the loss out."""
-
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, feed: Feed) -> Tensor:
-        share: Tensor = self.loss(self.model(None, feed), feed)
-        return share
 
 
 class ZeroRunner:
@@ -63,7 +51,7 @@ class ZeroRunner:
         loss = build_loss(cfg, ctx)
         if wants_compile(cfg, ctx.device):
             compile_parts(model, loss)
-        whole = _ModelWithLoss(model, loss).to(ctx.device)
+        whole = ModelWithLoss(model, loss).to(ctx.device)
         self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)
         gradients.mend_norm(self._ds.optimizer, ctx)
         attach_pieces(self._ds.optimizer, cfg.optim.name)

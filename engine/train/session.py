@@ -18,7 +18,7 @@ from engine.checkpoint.reader import Reader
 from engine.checkpoint.restore import load as load_state
 from engine.checkpoint.restore import open_first, open_verified, require_same_optimizer
 from engine.checkpoint.retention import CHECKPOINTS, complete_steps, step_folder
-from engine.config.derived import writes_checkpoints
+from engine.config.derived import streams, writes_checkpoints
 from engine.config.hardware import resolve
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import config_hash, resolved_yaml
@@ -35,6 +35,7 @@ from engine.observe.environment import environment
 from engine.observe.folder import METRICS_FILE, MICRO_BATCH_FILE, hold_run_folder, open_run_folder, usable_run_folder
 from engine.optim.state import kinds_of
 from engine.parallel.logical import LogicalTensor
+from engine.plan import host
 from engine.plan.fit import budget_bytes, settle_offload
 from engine.plan.stages import stage_bounds
 from engine.protocols import Engine
@@ -113,9 +114,7 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     Args:
         empty: weights are zero, to be loaded.
     """
-    world_size = ctx.pp.size * ctx.tp.size * ctx.reduce.size
-    if line := settle_offload(cfg, world_size, _budget(cfg, ctx.device)):
-        log.say(line)
+    _settle(cfg, ctx.pp.size * ctx.tp.size * ctx.reduce.size, ctx.device)
     chosen = choose_kernels(cfg, ctx.device)
     layers = build_layers(cfg, ctx, chosen.kernels)
     bounds = stage_bounds(cfg)
@@ -125,6 +124,12 @@ def build_engine(cfg: Config, ctx: ParallelContext, *, empty: bool = False) -> E
     if cfg.checkpoint.initial_weights is not None and not empty:
         initial = initial_weights(cfg.checkpoint.initial_weights, cfg.model, logical_tensors(layers))
     return runtime.build(layers, bounds, initial, cfg, ctx, chosen.kernels.adamw_step)
+
+
+def _settle(cfg: Config, world_size: int, device: torch.device) -> None:
+    """Set the offloaded share of the state where it depends on the device."""
+    if line := settle_offload(cfg, world_size, _budget(cfg, device)):
+        log.say(line)
 
 
 def _budget(cfg: Config, device: torch.device) -> int | None:
@@ -236,6 +241,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     """Train as this rank of the job; returns the summary that rank 0 writes to `summary.json`.
 
     Raises:
+        ConfigError: the host has no memory for the share of the state that its devices leave it (345).
         StopRequested: SIGTERM or SIGUSR1 came; the state is saved.
     """
     ancestors.watch(env.launcher)
@@ -249,6 +255,10 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     data = prepare(cfg, device, verify=env.local_rank == 0)
     init.init_process_group(env, device, cfg.train.timeout_s)
     init.require_equal_config(config_hash(cfg), data.fingerprint)
+    if streams(cfg) and cfg.zero.offload_ratio is None:
+        # After hosts with different devices were found to have equal options, and before any rank takes memory.
+        _settle(cfg, env.world_size, device)
+        host.require(cfg, env.world_size, env.local_world_size)
     reader, start, option = go_on(cfg, data, device)
     folder = open_folder(cfg, start, device)
     ctx = ParallelContext.create(grid, device)

@@ -126,3 +126,14 @@ def test_results_of_an_earlier_run(refuse: Callable[[str], Done]) -> None:
     require_one_message(
         done, "CheckpointError", 601, "run.name=kept", "already holds", "run.name=kept-2", "run.resume=true", OVERWRITE
     )
+
+
+def test_streamed_state_that_no_host_has_room_for(tmp_path: Path) -> None:
+    """What a device leaves to its host is known where the device is: after the start, before anything is built."""
+    command = "python -m engine.train model=gpt_13b model.num_layers=2000 data=random precision=bf16 zero=z1_offload"
+    command += " checkpoint.save_final=false run.name=large"
+    done = run_command(command.split(), tmp_path, 120, env=clean_env({"CUDA_VISIBLE_DEVICES": ""}))
+    assert done.exit_code == 2, done
+    assert "[OCT345] zero.offload_optimizer=cpu: 1 ranks of this host would keep" in done.stderr
+    assert "Use zero.offload_optimizer=none, or spread the replicas over at least" in done.stderr
+    assert not (tmp_path / "runs" / "large" / "config.yaml").exists()
