@@ -230,7 +230,8 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "bert_large",
-            ("model=bert_large", "data.seq_len=512", "train.micro_batch=64", "train.accum_steps=1"),
+            # Post-norm blocks diverge in their first steps at the others' rate: two precisions then part by chance.
+            ("model=bert_large", "data.seq_len=512", "train.micro_batch=64", "train.accum_steps=1", "optim.lr=2.0e-05"),
             targets=(Target(Kind.samples, 390),),
             measured=20,
         ),

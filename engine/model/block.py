@@ -205,9 +205,9 @@ class Block(nn.Module):
         before: list[nn.Module] = [attention.qkv]
         after = [attention.out, self.mlp, self.mlp_norm]
         (after if self.post_norm else before).append(self.attention_norm)
-        parts = self._run(Tiles.block, self._before, before, x_BLD)
+        parts = self._run(Tiles.block, "_before", before, x_BLD)
         o_BSD = attention.attend(parts, lengths_B, drop, documents, positions_BS)
-        (out_BLD,) = self._run(Tiles.block, self._after, after, x_BLD, o_BSD, keys_BL)
+        (out_BLD,) = self._run(Tiles.block, "_after", after, x_BLD, o_BSD, keys_BL)
         return out_BLD
 
     def _before(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
@@ -219,9 +219,9 @@ class Block(nn.Module):
         feed = [self.mlp, self.mlp_norm]
         attended_BLD = x_BLD + self._drop(self.attention.out(o_BSD), keys_BL, 0)
         if self.post_norm:
-            return self._run(Tiles.mlp, self._feed, feed, self.attention_norm(attended_BLD), keys_BL)
+            return self._run(Tiles.mlp, "_feed", feed, self.attention_norm(attended_BLD), keys_BL)
         read_BLD = x_BLD if self.parallel else attended_BLD
-        (fed_BLD,) = self._run(Tiles.mlp, self._feed, feed, read_BLD, keys_BL)
+        (fed_BLD,) = self._run(Tiles.mlp, "_feed", feed, read_BLD, keys_BL)
         return (attended_BLD + fed_BLD,)
 
     def _feed(self, x_BLD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
@@ -241,15 +241,26 @@ class Block(nn.Module):
         return x_BLD if keys_BL is None else dropout(x_BLD, keys_BL, self.p, salt)
 
     def _run(
-        self, kind: Tiles, part: Part, modules: Sequence[nn.Module], x_BLD: Tensor, *others: Tensor | None
+        self, kind: Tiles, name: str, modules: Sequence[nn.Module], x_BLD: Tensor, *others: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """`part` of the arguments with the weights of `modules`, in tiles if those of `kind` are wanted."""
-        wiring = self.wiring
-        if wiring.tiles is not kind:
+        """The method `name` of the arguments with the weights of `modules`, in tiles if those of `kind` are wanted."""
+        if self.wiring.tiles is not kind:
+            part: Part = getattr(self, name)
             return part(x_BLD, *others)
+        return self._in_tiles(name, modules, x_BLD, *others)
+
+    # Loops over tiles and differentiates inside; what it calls may be compiled on its own, and is looked up here, as
+    # torch 2.11 would hand it on from a graph uncompiled.
+    @torch.compiler.disable
+    def _in_tiles(
+        self, name: str, modules: Sequence[nn.Module], x_BLD: Tensor, *others: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        wiring = self.wiring
         rows = x_BLD.shape[0] * (wiring.tp.size if wiring.sequence else 1)
         parameters = [p for module in modules for p in module.parameters()]
-        found: tuple[Tensor, ...] = tiled(part, (x_BLD, *others), parameters, tile=max(1, wiring.tile_tokens // rows))
+        found: tuple[Tensor, ...] = tiled(
+            getattr(self, name), (x_BLD, *others), parameters, tile=max(1, wiring.tile_tokens // rows)
+        )
         return found
 
 

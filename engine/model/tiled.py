@@ -69,7 +69,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, part: Part, tiles: _Tiles, kept: Any, arguments: int, *inputs: Tensor | None
+        ctx: Any, part: Part, tiles: _Tiles, kept: list[Tensor], arguments: int, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.part, ctx.tiles, ctx.kept = part, tiles, kept
         # Not saved: they stay where they are, and ZeRO-3 gathers them again before the backward pass.
@@ -83,8 +83,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tiles: _Tiles = ctx.tiles
-        arguments: tuple[Tensor | None, ...] = ctx.kept.saved_tensors
-        ctx.kept = None
+        arguments: tuple[Tensor | None, ...] = ctx.kept[0].grad_fn.saved_tensors
+        ctx.kept.clear()
         wants = ctx.needs_input_grad[4:]
         own = wants[: len(arguments)]
         parameters = [p for p, want in zip(ctx.parameters, wants[len(arguments) :], strict=True) if want]
@@ -113,8 +113,6 @@ def _added(sums: list[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     return [total.add_(g) for total, g in zip(sums, gradients, strict=True)]
 
 
-# Loops over tiles and differentiates inside; what it calls may be compiled on its own.
-@torch.compiler.disable
 def tiled(part: Part, arguments: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], *, tile: int) -> Any:
     """`part(*arguments)`, computed for at most `tile` of the L positions at a time.
 
@@ -130,7 +128,8 @@ def tiled(part: Part, arguments: Sequence[Tensor | None], parameters: Sequence[n
     stream = arguments[0]
     assert stream is not None
     tiles = _Tiles(stream.shape[1], -(-stream.shape[1] // tile))
-    kept = None
+    kept: list[Tensor] = []
     if torch.is_grad_enabled():
-        kept = _Keep.apply(torch.empty((0,), requires_grad=True), *arguments).grad_fn
+        # The output, as torch 2.11 frees what its node holds when nobody has it; in a list, so that it is no input.
+        kept.append(_Keep.apply(torch.empty((0,), requires_grad=True), *arguments))
     return _Tiled.apply(part, tiles, kept, len(arguments), *arguments, *parameters)

@@ -38,6 +38,9 @@ class FlatOptimizer(BF16_Optimizer):
         others: as `BF16_Optimizer`; `grad_acc_dtype` bf16 is exact where a step has one gradient to add up.
     """
 
+    # DeepSpeed's views of the weights would keep the nodes that add up gradients, each bound to the stream of now: a
+    # CUDA graph that is recorded on another stream could not hold a backward pass.
+    @torch.no_grad()
     def __init__(
         self,
         inner: torch.optim.Optimizer,

@@ -139,3 +139,23 @@ def test_a_run_goes_on_as_it_would_have(late: int, tmp_path: Path) -> None:
     [(rest, ours)] = run_ranks(resumed, 1, (tmp_path / "b", late))
     assert rest == curve[2:]
     assert same(ours, masters)
+
+
+def nodes_kept(words: list[str]) -> list[str]:
+    """Parameters whose node that adds up gradients outlives its passes."""
+    run, found = run_of(words, "on"), []
+    run.step(0)
+    for name, parameter in run.engine._ds.module.named_parameters():
+        for _ in range(2):
+            ((node, _), *_) = parameter.view_as(parameter).grad_fn.next_functions
+            if "seen" in node.metadata:
+                found.append(name)
+            node.metadata["seen"] = True
+            del node
+    return found
+
+
+@pytest.mark.parametrize("words", [[], ["precision.states=bf16"]], ids=["masters", "bf16 states"])
+def test_no_node_outlives_its_passes(words: list[str]) -> None:
+    # A node stays on the stream that it was made on: one of the set-up would end a recording on another.
+    assert run_ranks(nodes_kept, 1, (words,), timeout_s=120) == [[]]
