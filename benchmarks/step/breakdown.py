@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,7 @@ def breakdown(trace: Path, steps: int) -> dict[str, float]:
     Raises:
         NoDeviceEvents: as from a CPU.
     """
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
-    work = [event for event in events if event.get("cat") in _DEVICE]
-    if not work:
-        raise NoDeviceEvents("the trace has no work of a GPU in it")
+    events, work = _read(trace)
     window = [event for event in events if event.get("cat") in (*_DEVICE, *_HOST)]
     start, end = min(event["ts"] for event in window), max(event["ts"] + event["dur"] for event in window)
     totals = dict.fromkeys(PARTS, 0.0)
@@ -60,6 +58,48 @@ def breakdown(trace: Path, steps: int) -> dict[str, float]:
         totals[name] += seconds
     totals[GAPS] = (end - start) - sum(totals.values())
     return {name: value / 1e3 / steps for name, value in totals.items()}
+
+
+def longest_gaps(trace: Path, count: int = 8) -> list[dict[str, Any]]:
+    """The longest stretches, in milliseconds, between two pieces of work in which the device had nothing to do.
+
+    `after` and `before` name the work around one. `host` says what the host did meanwhile: calls into CUDA and
+    operators by the time that they shared with it, at most three.
+
+    Raises:
+        NoDeviceEvents: as from a CPU.
+    """
+    events, work = _read(trace)
+    host = [event for event in events if event.get("cat") in _HOST]
+    work.sort(key=itemgetter("ts"))
+    found, last = [], work[0]
+    for event in work[1:]:
+        if event["ts"] > last["ts"] + last["dur"]:
+            found.append((last["ts"] + last["dur"], event["ts"], last["name"], event["name"]))
+        last = max(last, event, key=lambda one: one["ts"] + one["dur"])
+    found.sort(key=lambda gap: gap[0] - gap[1])
+    return [
+        {"ms": (end - start) / 1e3, "after": after, "before": before, "host": _during(host, start, end)}
+        for start, end, after, before in found[:count]
+    ]
+
+
+def _during(host: Sequence[dict[str, Any]], start: float, end: float) -> list[str]:
+    shares: dict[str, float] = {}
+    for event in host:
+        shared = min(end, event["ts"] + event["dur"]) - max(start, event["ts"])
+        if shared > 0:
+            shares[event["name"]] = shares.get(event["name"], 0.0) + shared
+    return [f"{name} {shares[name] / 1e3:.2f} ms" for name in sorted(shares, key=shares.__getitem__, reverse=True)[:3]]
+
+
+def _read(trace: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Everything that has a duration, and the device's part of it."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    work = [event for event in events if event.get("cat") in _DEVICE]
+    if not work:
+        raise NoDeviceEvents("the trace has no work of a GPU in it")
+    return events, work
 
 
 def kind_of(event: dict[str, Any]) -> str:

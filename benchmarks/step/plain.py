@@ -43,7 +43,7 @@ def make(cfg: Config, ctx: ParallelContext, variant: str) -> Step:
     if wanted and variant == "whole":
         module.compile()
     elif wanted:
-        compile_parts(model, module.loss)
+        compile_parts(model, module.loss, deterministic=cfg.kernels.deterministic)
     return TorchLoop(module, optimizer, lambda batches: make_feeds(batches, cfg, ctx), cfg, ctx)
 
 

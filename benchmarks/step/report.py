@@ -86,6 +86,18 @@ def breakdown_lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row['case']} | {row['system']} | " + " | ".join(cells) + " |"
 
 
+def gap_lines(rows: Sequence[Row], least_ms: float = 0.5) -> Iterator[str]:
+    """The stretches of a profiled step in which the device waits for `least_ms` or more."""
+    yield "| case | system | ms | after | before | the host meanwhile |"
+    yield "|" + "---|" * 6
+    for row in rows:
+        for gap in row.get("longest_gaps", []):
+            if gap["ms"] >= least_ms:
+                words = [gap["after"][:60], gap["before"][:60], ", ".join(gap["host"])]
+                cells = " | ".join(word.replace("|", "/") for word in words)
+                yield f"| {row['case']} | {row['system']} | {gap['ms']:.2f} | {cells} |"
+
+
 def main(argv: list[str]) -> None:
     """Print tables and draw a picture, for each kind of hardware, quick runs by themselves."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step.report")
@@ -108,6 +120,8 @@ def main(argv: list[str]) -> None:
         if any(row.get("parts") for row in here):
             print(f"\n## breakdown of a step\n\n{caption(here)}\n")
             print("\n".join(breakdown_lines(here)))
+        if len(gaps := list(gap_lines(here))) > 2:
+            print("\n## longest gaps\n\n" + "\n".join(gaps))
         if path := draw(here, out, caption(here)):
             print(f"\nwrote {path}")
         if options.targets:

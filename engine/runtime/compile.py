@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,9 +19,14 @@ def wants_compile(cfg: Config, device: torch.device) -> bool:
     return cfg.kernels.compile is Switch.on
 
 
-def compile_parts(model: nn.Module, loss: nn.Module) -> None:
-    """Compile every transformer block and the loss in place; names and parameters stay as they are."""
+def compile_parts(model: nn.Module, loss: nn.Module, *, deterministic: bool) -> None:
+    """Compile every transformer block and the loss in place; names and parameters stay as they are.
+
+    Args:
+        deterministic: take no kernel by its measured time: another process would take another one, with other sums.
+    """
+    options: dict[str, Any] = {"options": {"deterministic": True}} if deterministic else {}
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile()
-    loss.compile()
+            module.compile(**options)
+    loss.compile(**options)

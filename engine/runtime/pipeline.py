@@ -65,7 +65,7 @@ class PipelineRunner:
         self._tied = tied_copies(layers, bounds, program, stacks, ctx)
         mark_parameters(self._stage.parameters())
         if wants_compile(cfg, ctx.device):
-            compile_parts(self._stage, loss)
+            compile_parts(self._stage, loss, deterministic=cfg.kernels.deterministic)
         optimizer = make_optimizer(self._stage.parameters(), cfg, ctx, adamw_step)
         self._ds = Engine(self._stage, optimizer, cfg, ctx, Axes(ctx))
         gradients.mend_norm(self._ds.optimizer, ctx)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.step.breakdown import PARTS, NoDeviceEvents, breakdown, kind_of
+from benchmarks.step.breakdown import PARTS, NoDeviceEvents, breakdown, kind_of, longest_gaps
 
 Event = dict[str, Any]
 
@@ -55,6 +55,29 @@ def test_work_beside_work_of_its_own_class_counts_once(tmp_path: Path) -> None:
     found = breakdown(written(tmp_path, events), steps=1)
     assert found["GEMM"] == pytest.approx(0.2)
     assert sum(found.values()) == pytest.approx(0.2)
+
+
+def test_the_longest_gaps_say_what_is_around_them_and_what_the_host_did(tmp_path: Path) -> None:
+    events = [
+        kernel(0, 9_000, "step", "user_annotation"),
+        kernel(4_500, 6_500, "cudaStreamSynchronize", "cuda_runtime"),
+        kernel(100, 200, "aten::mm", "cpu_op"),
+        # Overlaps the next two, and ends after them.
+        kernel(1_000, 4_000, "nccl"),
+        kernel(1_500, 2_000, "gemm_a"),
+        kernel(3_000, 3_500, "gemm_b"),
+        kernel(4_250, 4_300, "gemm_c"),
+        kernel(6_300, 7_000, "Memcpy HtoD", "gpu_memcpy"),
+    ]
+    first, second = longest_gaps(written(tmp_path, events))
+    assert first == {
+        "ms": pytest.approx(2.0),
+        "after": "gemm_c",
+        "before": "Memcpy HtoD",
+        "host": ["step 2.00 ms", "cudaStreamSynchronize 1.80 ms"],
+    }
+    assert (second["ms"], second["after"], second["before"]) == (pytest.approx(0.25), "nccl", "gemm_c")
+    assert longest_gaps(written(tmp_path, events), count=1) == [first]
 
 
 def test_the_trace_of_a_cpu_is_refused(tmp_path: Path) -> None:

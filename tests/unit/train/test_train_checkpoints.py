@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import signal
 from collections import namedtuple
@@ -103,7 +104,7 @@ def test_a_checkpoint_says_what_the_run_was(tmp_path: Path) -> None:
     assert facts["seeds"] == {"train": run.cfg.train.seed, "data": run.cfg.data.seed}
     assert set(facts["metrics"]) == {"loss", "val_loss"}
     assert facts["metrics"]["val_loss"] == "inf"
-    assert facts["environment"]["packages"]["torch"] == torch.__version__
+    assert facts["environment"]["packages"]["torch"] == importlib.metadata.version("torch")
     assert facts["time"].endswith("+00:00")
 
 
