@@ -23,7 +23,7 @@ _PATTERNS = (
     ("GEMM", r"^triton_tem_.*mm"),
     ("other kernels", r"^triton_(poi|red|per|for|spl|mix)"),
     ("attention", r"flash|fmha|attention|cudnn_generated|sdpa|^(forward|keys|queries|delta|document_bounds)_kernel"),
-    ("optimizer", r"adam|lamb|multi_tensor|squared_norm|clip_factor"),
+    ("optimizer", r"adam|lamb(?!da)|multi_tensor|squared_norm|clip_factor"),
     ("GEMM", r"gemm|gemv|cutlass|nvjet|xmma|splitk|cublas|_mm_"),
     (COPIES, r"copy|memcpy|fill|catarray|memset"),
 )
@@ -81,6 +81,25 @@ def longest_gaps(trace: Path, count: int = 8) -> list[dict[str, Any]]:
     return [
         {"ms": (end - start) / 1e3, "after": after, "before": before, "host": _during(host, start, end)}
         for start, end, after, before in found[:count]
+    ]
+
+
+def largest_kernels(trace: Path, steps: int, count: int = 40) -> list[dict[str, Any]]:
+    """Kernels and copies by name, those that took longest first: milliseconds and launches of a step of rank 0.
+
+    Work that runs beside other work counts in full here.
+
+    Raises:
+        NoDeviceEvents: as from a CPU.
+    """
+    _, work = _read(trace)
+    spent: dict[tuple[str, str], list[float]] = {}
+    for event in work:
+        spent.setdefault((kind_of(event), event["name"]), []).append(event["dur"] / 1e3)
+    largest = sorted(spent.items(), key=lambda entry: -sum(entry[1]))[:count]
+    return [
+        {"part": part, "name": name[:200], "ms": sum(ms) / steps, "launches": len(ms) / steps}
+        for (part, name), ms in largest
     ]
 
 

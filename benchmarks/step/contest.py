@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kernels.sheet import Sheet
 from benchmarks.step import systems
-from benchmarks.step.breakdown import NoDeviceEvents, breakdown, longest_gaps
+from benchmarks.step.breakdown import NoDeviceEvents, breakdown, largest_kernels, longest_gaps
 from benchmarks.step.cases import Case
 from benchmarks.step.figures import facts, samples_of
 from benchmarks.step.systems import REFERENCE, Place, Record
@@ -147,7 +147,8 @@ class Contest:
         trace = systems.trace_of(name, self.case, self.folder)
         row: dict[str, Any] = {"suite": SUITE, "gpus": self.case.gpus, "call": self.call}
         try:
-            row["parts"], row["longest_gaps"] = breakdown(trace, profiled), longest_gaps(trace)
+            row["parts"] = breakdown(trace, profiled)
+            row |= {"longest_gaps": longest_gaps(trace), "kernels": largest_kernels(trace, profiled)}
         except NoDeviceEvents as error:
             row |= {"parts": {}, "note": str(error)}
         finally:

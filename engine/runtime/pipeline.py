@@ -86,7 +86,8 @@ class PipelineRunner:
     def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches, which fill the pipeline."""
         set_learning_rate(self._ds.optimizer, lr)
-        self._stage.train()
+        if not self._stage.training:
+            self._stage.train()
         begin_step(self._ds.optimizer)
         total = self.training.run(make_feeds(batches, self._cfg, self.ctx), train=True)
         for copy in self._tied:

@@ -64,7 +64,8 @@ class ZeroRunner:
         """See `Engine.train_step`; `batches` yields `accum_steps` micro-batches."""
         set_rate(self._ds.optimizer, lr)
         begin_step(self._ds.optimizer)
-        self._ds.train()
+        if not self._ds.module.training:
+            self._ds.train()
         total = torch.zeros((), device=self.ctx.device)
         norm: Tensor | None = None
         for feed in make_feeds(batches, self._cfg, self.ctx):

@@ -61,7 +61,9 @@ class Metrics(Quiet):
         self._waited_s += data_wait_s
         if step % self._cfg.logging.every and step != self._cfg.train.steps:
             return
-        metrics = {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr": lr}
+        # Read together: each reading waits for the device.
+        loss, grad_norm = torch.stack([result.loss, result.grad_norm.to(result.loss)]).tolist()
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             warn(f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: no update of the weights")
         now = time.perf_counter()

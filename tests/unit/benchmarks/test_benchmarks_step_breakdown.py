@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.step.breakdown import PARTS, NoDeviceEvents, breakdown, kind_of, longest_gaps
+from benchmarks.step.breakdown import PARTS, NoDeviceEvents, breakdown, kind_of, largest_kernels, longest_gaps
 
 Event = dict[str, Any]
 
@@ -80,6 +80,16 @@ def test_the_longest_gaps_say_what_is_around_them_and_what_the_host_did(tmp_path
     assert longest_gaps(written(tmp_path, events), count=1) == [first]
 
 
+def test_kernels_are_added_up_by_name(tmp_path: Path) -> None:
+    events = [kernel(0, 1_000, "gemm_a"), kernel(2_000, 2_500, "adam"), kernel(3_000, 4_200, "gemm_a")]
+    found = largest_kernels(written(tmp_path, events), steps=2)
+    assert found == [
+        {"part": "GEMM", "name": "gemm_a", "ms": pytest.approx(1.1), "launches": 1.0},
+        {"part": "optimizer", "name": "adam", "ms": pytest.approx(0.25), "launches": 0.5},
+    ]
+    assert largest_kernels(written(tmp_path, events), steps=2, count=1) == found[:1]
+
+
 def test_the_trace_of_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NoDeviceEvents, match="^the trace has no work of a GPU in it$"):
         breakdown(written(tmp_path, [kernel(0, 10, "aten::mm", "cpu_op")]), steps=1)
@@ -105,6 +115,7 @@ def test_the_trace_of_a_cpu_is_refused(tmp_path: Path) -> None:
         ("void at::native::vectorized_elementwise_kernel<4, FillFunctor<float>>", "copies"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", "other kernels"),
+        ("void at::native::elementwise_kernel<4, CUDAFunctor_add<float>::{lambda(int)#1}>", "other kernels"),
     ],
 )
 def test_kernels_are_known_by_their_names(name: str, kind: str) -> None:
