@@ -36,7 +36,6 @@ WORDS = [
     "data=random",
     "data.seq_len=2048",
     "parallel=pp2",
-    "parallel.balance=flops",
     "zero=z1",
     "precision=bf16",
     "train.micro_batch=4",

@@ -114,7 +114,7 @@ class ParallelConfig:
     """Parts of the model on one pipeline rank when `schedule` is interleaved (arXiv 2104.04473, section 2.2)."""
     pipeline_transport: PipelineTransport = PipelineTransport.auto
     """How messages between stages travel. auto: nccl."""
-    balance: Balance = Balance.parameters
+    balance: Balance = Balance.flops
     """Cost that the pipeline stages share evenly."""
 
 

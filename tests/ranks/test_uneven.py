@@ -50,7 +50,8 @@ def config(folder: Path, *words: str) -> Config:
     cfg = load(
         ["model=gpt_tiny", f"data.source={folder / 'texts'}", f"data.cache_dir={folder / 'cache'}"]
         + ["data.variable_length=true", "data.seq_len=24", "data.vocab_size=300", "data.valid_fraction=0.4"]
-        + ["model.vocab_size=300", "optim=sgd", "optim.lr=0.5", "train.steps=5", "train.device=cpu", "zero=z1", *words]
+        + ["model.vocab_size=300", "optim=sgd", "optim.lr=0.5", "train.steps=5", "train.device=cpu", "zero=z1"]
+        + ["parallel.balance=parameters", *words]
     )
     cfg.train.micro_batch = GLOBAL_BATCH // cfg.train.accum_steps
     return cfg

@@ -24,8 +24,8 @@ def test_a_plan_shows_mesh_bubble_and_memory_of_each_stage(capsys: Capture) -> N
     assert lines[3] == "MiB on the device of one rank, at the peak of a step:"
     head, first, last = (line.split() for line in lines[4:7])
     assert head[:4] == ["stage", "layers", "parameters", "weights"]
-    assert first[:3] == ["0", "embed.tokens..block.0", "263,360"]
-    assert last[:2] == ["1", "block.1..head"]
+    assert first[:3] == ["0", "embed.tokens..block.2", "462,400"]
+    assert last[:2] == ["1", "block.3..head"]
     assert sum(map(float, last[3:-1])) == pytest.approx(float(last[-1]), abs=0.03)
     assert lines[7].startswith("memory of a host for its 8 ranks: 0.021 GiB of offload; this machine")
 
@@ -34,14 +34,14 @@ def test_each_chunk_is_named_and_hosts_are_as_large_as_asked(capsys: Capture) ->
     words = ["parallel=interleaved", "train.accum_steps=4", "zero=z1_offload", "--per-host=1", "--world=4"]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5].split()[1:3] == ["embed.tokens..embed.positions,", "block.2..block.3"]
-    assert lines[-1].startswith("memory of a host for its 1 ranks: 0.005 GiB of offload")
+    assert lines[5].split()[1:3] == ["embed.tokens..block.0,", "block.2..block.3"]
+    assert lines[-1].startswith("memory of a host for its 1 ranks: 0.007 GiB of offload")
 
 
 def test_copies_for_checkpoints_are_told(capsys: Capture) -> None:
     assert main(["parallel=octant", "checkpoint.every=5", "train.steps=5", "--per-host=4"]) == 0
-    # 12 bytes for each of the 301,888 parameters of both slices of the second stage, whose tied head the first saves.
-    assert "for its 4 ranks: 0.007 GiB of checkpoints" in capsys.readouterr().out
+    # 12 bytes for each of the 462,400 parameters of both slices of the first stage, which has three of the four blocks.
+    assert "for its 4 ranks: 0.010 GiB of checkpoints" in capsys.readouterr().out
 
 
 def test_large_models_are_told_in_gib(capsys: Capture) -> None:
