@@ -1,4 +1,4 @@
-"""Suite `optimizer`: a step of AdamW over one flat tensor, and norm and scaling of the gradients of many.
+"""Suite `optimizer`: a step of AdamW over one flat tensor; norm, scaling and sums of the gradients of many.
 
 A step reads parameters and both moments in fp32 and the gradient in bf16, and writes the first three and a copy of the
 parameters in bf16: 28 bytes an element, counted for all systems, whatever else they move.
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from benchmarks.kernels.contest import Bench, Case, Entrant, Judge, clean, contest, judge_by
 from benchmarks.kernels.copying import COPY, MOST_BYTES, copy_case, copy_entrant, write_of_copy
+from engine_kernels import plain
+from engine_kernels.ops import AccumulateFn
 
 OCTANT, TORCH = "octant triton", "torch fused + copies"
 FOREACH = "torch foreach"
+TORCH_SUMS = "torch add_"
 STEP = "step"
 STEP_BYTES = 28
 _HELD_BYTES = 14 + 18 + 6 + 2
@@ -39,6 +42,8 @@ def run(bench: Bench) -> None:
     _step(bench, count)
     if not bench.budget.over():
         _gradients(bench)
+    if not bench.budget.over():
+        _sums(bench)
 
 
 def _ends(x: Tensor) -> Tensor:
@@ -135,6 +140,45 @@ def _gradients(bench: Bench) -> None:
     }
     times = contest(bench, case, makers, 1, {COPY: copy_case(case)})
     write_of_copy(bench, case, times)
+
+
+def _sums(bench: Bench) -> None:
+    """As many gradients in bf16, the first of a step copied into sums in fp32, others added to them."""
+    hidden, layers = (16, 2) if bench.quick else (2048, 25)
+    generator = torch.Generator(bench.device).manual_seed(2)
+    shapes = _shapes(hidden, layers)
+    gradients = [torch.randn(x, generator=generator, device=bench.device, dtype=torch.bfloat16) for x in shapes]
+    count = sum(x.numel() for x in gradients)
+    facts = {"suite": "optimizer", "tensors": len(gradients), "elements": count}
+    work = {"first": 6.0 * count, "add": 10.0 * count}
+    judge = judge_by([gradients[0].float() * 2, gradients[-1].float() * 2], 1e-6)
+    case = Case(f"sums {len(gradients)} tensors n{count:.2g}", work, "gb_per_s", facts, judge)
+    makers: dict[str, Callable[[], Entrant]] = {
+        COPY: partial(copy_entrant, bench.device, case.work),
+        OCTANT: partial(_octant_sums, gradients),
+        TORCH_SUMS: partial(_summed, plain.accumulate, gradients),
+    }
+    times = contest(bench, case, makers, 1, {COPY: copy_case(case)})
+    write_of_copy(bench, case, times)
+
+
+def _octant_sums(gradients: list[Tensor]) -> Entrant:
+    from engine_kernels.triton.accumulate import accumulate
+
+    return _summed(accumulate, gradients)
+
+
+def _summed(accumulate: AccumulateFn, gradients: list[Tensor]) -> Entrant:
+    totals = [torch.empty_like(x, dtype=torch.float32) for x in gradients]
+
+    def call(first: bool) -> None:
+        for total, x in zip(totals, gradients, strict=True):
+            accumulate(total, x, first=first)
+
+    call(True)
+    call(False)
+    found = [totals[0].clone(), totals[-1].clone()]
+    return Entrant({"first": partial(call, True), "add": partial(call, False)}, found)
 
 
 def _octant_gradients(tensors: list[Tensor]) -> Entrant:

@@ -19,6 +19,7 @@ from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.buckets import Buckets
 from engine.runtime.gradients import counts
 from engine.runtime.host_step import HostStep, Part, Streamed
+from engine_kernels.ops import accumulation
 
 
 class FlatOptimizer(BF16_Optimizer):
@@ -51,7 +52,7 @@ class FlatOptimizer(BF16_Optimizer):
         streamed: Streamed | None = None,
         **options: Any,
     ) -> None:
-        self._ctx = ctx
+        self._ctx, self._accumulate = ctx, accumulation(ctx.device)
         super().__init__(inner, *others, **options)
         assert self.immediate_grad_update
         if bf16_states:
@@ -88,10 +89,7 @@ class FlatOptimizer(BF16_Optimizer):
             self._host.release_gradients()
         seen = self.fp32_groups_has_gradients[group_idx]
         total = self.fp32_groups_gradients[group_idx][param_idx].view(lp.shape)
-        if seen[param_idx]:
-            total.add_(lp.grad)
-        else:
-            total.copy_(lp.grad)
+        self._accumulate(total, lp.grad, first=not seen[param_idx])
         seen[param_idx] = True
         if self._buckets is not None and group_idx == self._largest and self.is_gradient_accumulation_boundary():
             self._buckets.complete(param_idx)

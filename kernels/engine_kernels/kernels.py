@@ -113,6 +113,12 @@ class AdamWFn(Protocol):
     ) -> None: ...
 
 
+class AccumulateFn(Protocol):
+    """See `engine_kernels.plain.accumulate`."""
+
+    def __call__(self, total: Tensor, x: Tensor, *, first: bool) -> None: ...
+
+
 class Norms(NamedTuple):
     """What an implementation of "norm" has."""
 

@@ -12,6 +12,7 @@ from engine_kernels import flash, flex, plain, scaled_mm, sdpa
 from engine_kernels.documents import Documents
 from engine_kernels.kernels import (
     PLAIN_LINEAR,
+    AccumulateFn,
     Activations,
     AdamWFn,
     AttentionFn,
@@ -31,6 +32,7 @@ from engine_kernels.sdpa import cudnn_attention, sdpa_attention
 
 __all__ = [
     "PLAIN_LINEAR",
+    "AccumulateFn",
     "AdamWFn",
     "AttentionDropout",
     "AttentionFn",
@@ -38,6 +40,7 @@ __all__ = [
     "Kernels",
     "Linear",
     "LinearCrossEntropyFn",
+    "accumulation",
     "attention",
     "attention_keys",
     "cudnn_attention",
@@ -107,6 +110,16 @@ def attention(
         window=window,
     )
     return out
+
+
+def accumulation(device: torch.device) -> AccumulateFn:
+    """How gradients are added to sums on `device`; whoever does it, the bits are the same."""
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    if not modern or find_spec("triton") is None:
+        return plain.accumulate
+    from engine_kernels.triton.accumulate import accumulate
+
+    return accumulate
 
 
 # Looks for packages and files, which no compiled graph can.

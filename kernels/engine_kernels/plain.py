@@ -35,3 +35,11 @@ def gelu(h: Tensor, *, approximate: GeluForm) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (..., D) and (O, D) -> (..., O)."""
     return F.linear(x, weight, bias)
+
+
+def accumulate(total: Tensor, x: Tensor, *, first: bool) -> None:
+    """`total` = `x` if `first`, else `total` + `x`, any dtypes; sums of fp32 and 16 bits are rounded once."""
+    if first:
+        total.copy_(x)
+    else:
+        total.add_(x)

@@ -16,7 +16,7 @@ from benchmarks.kernels import report, table
 from tests.helpers.repo import ROOT
 
 SUITES = ("attention", "documents", "loss", "elementwise", "optimizer")
-PHASES = {"loss": {"fwd+bwd"}, "optimizer": {"step", "norm", "scale"}}
+PHASES = {"loss": {"fwd+bwd"}, "optimizer": {"step", "norm", "scale", "first", "add"}}
 TUTORIAL = """
 from types import SimpleNamespace
 import torch
@@ -104,7 +104,7 @@ def test_a_second_run_adds_rows_and_leaves_out_what_it_is_told(folder: Path, tmp
     assert after.startswith(before)
     added = [json.loads(text) for text in after[len(before) :].splitlines()]
     assert {(row["suite"], row["commit"]) for row in added} == {("optimizer", "def")}
-    assert {row["system"] for row in added} == {"octant triton", "copy", "torch fused + copies"}
+    assert {row["system"] for row in added} == {"octant triton", "copy", "torch fused + copies", "torch add_"}
 
 
 def test_report_and_table_read_the_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,5 +181,26 @@ def waits(world: int) -> int:
     return len(found)
 
 
+def sums_of_triton() -> list[Any]:
+    """Losses and norms, then masters, with torch's sums and with the kernel's."""
+    from engine_kernels.triton.accumulate import accumulate
+
+    found: list[Any] = []
+    for kernel in (None, accumulate):
+        run = Run(load([*WORDS, "model.hidden_size=32", "train.accum_steps=3"]), 1, one_pass=True)
+        if kernel is not None:
+            run.engine._ds.optimizer._accumulate = kernel
+        found.append(([run.step(number) for number in range(2)], run.weights()))
+    return found
+
+
+def test_sums_of_the_kernel_have_the_bits_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Named so, gloo's ranks are new processes: Triton reads the variable when it is imported.
+    [((curve, masters), (other, theirs))] = run_ranks(sums_of_triton, 1, backend="cpu:gloo", timeout_s=200)
+    assert curve == other
+    assert all(torch.equal(value, theirs[name]) for name, value in masters.items())
+
+
 def test_deepspeed_does_not_wait_for_the_device() -> None:
     assert run_ranks(waits, 1, (1,)) == [0]
