@@ -27,6 +27,12 @@ from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine_kernels.ops import AttentionDropout, Documents, Kernels, dropout
 
+_IN_TILES: dict[Tiles, tuple[str, ...]] = {
+    Tiles.none: (),
+    Tiles.mlp: ("_feed",),
+    Tiles.block: ("_before", "_after"),
+}
+"""Methods that run tile by tile."""
 _AFTER_MLP = 1
 """Salt that tells a block's second dropout of the residual stream from its first."""
 
@@ -230,12 +236,18 @@ class Block(nn.Module):
             return (self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP)),)
         return (self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP),)
 
-    def compile(self, *args: Any, **options: Any) -> None:
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
         """As `nn.Module.compile`; what runs in tiles becomes graphs of its own."""
-        super().compile(*args, **options)
-        in_tiles = {Tiles.none: (), Tiles.mlp: ("_feed",), Tiles.block: ("_before", "_after")}[self.wiring.tiles]
-        for name in in_tiles:
-            setattr(self, name, torch.compile(getattr(self, name), *args, **options))
+        super().compile(**options)
+        self._compile_methods(*_IN_TILES[self.wiring.tiles], **options)
+
+    def compile_forward(self, **options: Any) -> None:
+        """As `compile`, with the block's hooks outside of the graphs."""
+        self._compile_methods("forward", *_IN_TILES[self.wiring.tiles], **options)
+
+    def _compile_methods(self, *names: str, **options: Any) -> None:
+        for name in names:
+            setattr(self, name, torch.compile(getattr(self, name), **options))
 
     def _drop(self, x_BLD: Tensor, keys_BL: Tensor | None, salt: int) -> Tensor:
         return x_BLD if keys_BL is None else dropout(x_BLD, keys_BL, self.p, salt)

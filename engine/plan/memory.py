@@ -57,11 +57,11 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     4 P, and before stage 3 below fp32 a copy of the weights e P) / n, and e P / n for offloaded parameters; what is on
     NVMe is in neither. Streamed state leaves the gradients on the device; host: r (fp32 weights and state, or with
     precision.states=bf16 weights e P and the half of the state, and with a delay fp32 gradients) / n.
-    buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the largest
-    layer too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
-    Rotary angles are buffers too, fp32. activations: `activation_bytes` over the schedule, inputs: those of it in host
-    memory. logits: `loss_bytes` on the rank of the head. working: `working_bytes`, less the logits, which are gone when
-    blocks are differentiated.
+    buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the two
+    largest neighbouring layers too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run
+    writes checkpoints. Rotary angles are buffers too, fp32. activations: `activation_bytes` over the schedule, inputs:
+    those of it in host memory. logits: `loss_bytes` on the rank of the head. working: `working_bytes`, less the logits,
+    which are gone when blocks are differentiated.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)
@@ -151,11 +151,12 @@ def step_timeline(cfg: Config) -> Timeline:
 
 
 def _buffer_elements(cfg: Config, shards: int, held: dict[str, int]) -> int:
-    """Elements of the buckets that ZeRO communicates in, and of the layer that stage 3 gathers."""
+    """Elements of the buckets that ZeRO communicates in, and of the two layers that stage 3 gathers: one ahead."""
     if cfg.zero.stage == 0 or shards == 1:
         return 0
     buckets = 2 if cfg.zero.overlap_comm and cfg.parallel.pp == 1 else 1
-    gathered = max(held.values()) if cfg.zero.stage == 3 else 0
+    layers = list(held.values())
+    gathered = max(map(sum, zip(layers, [*layers[1:], 0], strict=True))) if cfg.zero.stage == 3 else 0
     return buckets * min(cfg.zero.bucket_elements, sum(held.values())) + gathered
 
 

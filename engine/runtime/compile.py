@@ -13,20 +13,24 @@ from engine.model.block import Block
 
 
 def wants_compile(cfg: Config, device: torch.device) -> bool:
-    """`auto` compiles on GPUs, but not under ZeRO-3, whose hooks gather parameters inside the block."""
+    """`auto` compiles on GPUs, but under ZeRO-3 only when asked: no GPU has run compiled blocks there yet."""
     if cfg.kernels.compile is Switch.auto:
         return device.type == "cuda" and cfg.zero.stage < 3
     return cfg.kernels.compile is Switch.on
 
 
-def compile_parts(model: nn.Module, loss: nn.Module, *, deterministic: bool) -> None:
+def compile_parts(model: nn.Module, loss: nn.Module, *, deterministic: bool, hooked: bool = False) -> None:
     """Compile every transformer block and the loss in place; names and parameters stay as they are.
 
     Args:
+        hooked: the parts get hooks that must run outside of their graphs, as those of ZeRO-3.
         deterministic: take no kernel by its measured time: another process would take another one, with other sums.
     """
     options: dict[str, Any] = {"options": {"deterministic": True}} if deterministic else {}
     for module in model.modules():
         if isinstance(module, Block):
-            module.compile(**options)
-    loss.compile(**options)
+            (module.compile_forward if hooked else module.compile)(**options)
+    if hooked:
+        loss.forward = torch.compile(loss.forward, **options)  # type: ignore[method-assign]
+    else:
+        loss.compile(**options)

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from engine.config.derived import offloads, streams
-from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName, Tiles
+from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.model.block import Block
 from engine.optim.flat_adamw import FlatAdamW
+from engine.plan.costs import block_parameters
 from engine.runtime.offload import offload_config, selective_optimizer
+
+_PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
+"""DeepSpeed's defaults, elements."""
 
 
 def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
@@ -45,9 +49,8 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         # It would wait for the device before every pass and after it, from the third step on.
         "timers": {"throughput": {"enabled": False}},
     }
-    if zero.stage == 3 and train.tiles is not Tiles.none:
-        # Tiles use the weights of a block many times: they are gathered once for all of them.
-        config["zero_optimization"]["leaf_module"] = {"classes": [Block.__name__]}
+    if zero.stage == 3:
+        config["zero_optimization"] |= _whole_blocks(cfg)
     if offloads(cfg):
         config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is OptimizerName.adamw
     if zero.offload_strategy is OffloadStrategy.zenflow:
@@ -57,6 +60,20 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         config["managed_gradient_accumulation"] = False
     config.update(cfg.runtime.deepspeed_extra)
     return config
+
+
+def _whole_blocks(cfg: Config) -> dict[str, Any]:
+    """A block's parameters are gathered as one, where a compiled graph or all its tiles find them.
+
+    The next block is gathered meanwhile: DeepSpeed's own limits would take a part of it, or nothing of a large one.
+    """
+    cut, whole = block_parameters(cfg.model)
+    block = cut // cfg.parallel.tp + whole
+    return {
+        "leaf_module": {"classes": [Block.__name__]},
+        "stage3_prefetch_bucket_size": max(block, _PREFETCHED),
+        "stage3_max_live_parameters": max(3 * block, _LIVE),
+    }
 
 
 def _precision(cfg: Config) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class ZeroRunner:
         mark_parameters(model.parameters())
         loss = build_loss(cfg, ctx)
         if wants_compile(cfg, ctx.device):
-            compile_parts(model, loss, deterministic=cfg.kernels.deterministic)
+            compile_parts(model, loss, deterministic=cfg.kernels.deterministic, hooked=cfg.zero.stage == 3)
         whole = ModelWithLoss(model, loss).to(ctx.device)
         self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)
         gradients.mend_norm(self._ds.optimizer, ctx)

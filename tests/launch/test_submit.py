@@ -200,7 +200,7 @@ REFUSALS = {
     "memory of a pod": (
         "launch=kubernetes launch.nodes=2 launch.kubernetes.memory=100Mi launch.kubernetes.shared_memory=1Mi "
         "model=gpt2_124m checkpoint.every=1 launch.kubernetes.image=i launch.kubernetes.runs_claim=c",
-        "[OCT383] checkpoint.every=1: checkpoints of 2 ranks of this host need 0.",
+        "[OCT383] checkpoint.every=1: checkpoints of 2 ranks of this host need 1.1 GiB",
     ),
     "no folder": ("launch=local run.dir=trials", "[OCT544] run.dir="),
 }

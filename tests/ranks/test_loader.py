@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ranks
 
 STEPS = 2
 CASES = {
-    "bert": ("model=bert_tiny", "parallel.pp=4", "data.variable_length=true"),
+    "bert": ("model=bert_tiny", "parallel.pp=4", "parallel.balance=parameters", "data.variable_length=true"),
     "dualpipev": ("model=llama_tiny", "parallel.pp=2", "parallel.schedule=dualpipev"),
 }
 SILENT = {"bert": {2}, "dualpipev": {2, 3}}

@@ -130,7 +130,8 @@ def saved(words: tuple[str, ...], world: int, folder: str) -> str:
 @pytest.mark.parametrize(
     "layout",
     [
-        ("parallel.pp=2", "parallel.tp=2", "zero=z1"),
+        # Stages of equal work have no block on the last one: its second rank would have nothing to write.
+        ("parallel.pp=2", "parallel.tp=2", "zero=z1", "parallel.balance=parameters"),
         ("parallel.dp=2", "parallel.context=2", "zero=z3"),
         ("parallel.dp=2", "parallel.tp=2", "zero=z0"),
     ],

@@ -290,4 +290,4 @@ def test_buckets_are_no_larger_than_what_they_hold() -> None:
     assert memory(make(), 1, 0).buffers == 0
     assert memory(make(), 2, 0).buffers == 2 * 4 * count
     assert memory(make(zero__bucket_elements=100, zero__overlap_comm=False), 2, 0).buffers == 400
-    assert memory(make(zero__bucket_elements=100, zero__stage=3), 2, 0).buffers == 4 * (2 * 100 + 28272)
+    assert memory(make(zero__bucket_elements=100, zero__stage=3), 2, 0).buffers == 4 * (2 * 100 + 2 * 28272)

@@ -75,3 +75,19 @@ def test_no_timer_waits_for_the_device_unless_it_is_asked_for() -> None:
     assert emitted()["timers"] == {"throughput": {"enabled": False}}
     timed = emitted("+runtime.deepspeed_extra.timers.throughput.enabled=true")
     assert timed["timers"] == {"throughput": {"enabled": True}}
+
+
+def test_blocks_are_gathered_whole_and_one_ahead() -> None:
+    small = emitted("zero=z3")["zero_optimization"]
+    assert small["leaf_module"] == {"classes": ["Block"]}
+    assert (small["stage3_prefetch_bucket_size"], small["stage3_max_live_parameters"]) == (50_000_000, 1_000_000_000)
+    sizes = ("model=llama_8b", "model.hidden_size=8192", "model.num_heads=64", "model.ffn_size=28672")
+    # Queries, keys and values, output, three matrices of the feed-forward, two norms.
+    cut, norms = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672, 2 * 8192
+    for words, block in (((), cut + norms), (("parallel.tp=2",), cut // 2 + norms)):
+        large = emitted("zero=z3", *sizes, *words)["zero_optimization"]
+        assert (large["stage3_prefetch_bucket_size"], large["stage3_max_live_parameters"]) == (
+            block,
+            max(3 * block, 1_000_000_000),
+        )
+    assert not {"leaf_module", "stage3_prefetch_bucket_size"} & emitted("zero=z2")["zero_optimization"].keys()
