@@ -84,7 +84,7 @@ class Case:
 _GPT_1_3B = ("model=gpt_1_3b", "data.seq_len=2048", "train.micro_batch=8")
 _GPT_2_8B = ("model=gpt_2_7b", "data.seq_len=2048", "train.micro_batch=4")
 _LLAMA_8B = ("model=llama_8b", "data.seq_len=4096", "train.micro_batch=2", "train.accum_steps=4")
-_BF16_STATES = ("precision.states=bf16",)
+_BF16_STATES = ("precision.states=bf16", "precision.grad_accum=bf16")
 _TP = ("parallel.sequence=true",)
 
 CASES: dict[str, Case] = {
@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
                 "zero=z1_offload",
                 "train.recompute=full",
             ),
-            (*_BF16_STATES, "precision.grad_accum=bf16"),
+            _BF16_STATES,
             targets=(Target(Kind.parameters, 17),),
             warmup=1,
             measured=2,
@@ -247,7 +247,6 @@ CASES: dict[str, Case] = {
             ),
             (
                 *_BF16_STATES,
-                "precision.grad_accum=bf16",
                 "train.recompute_interval=4",
                 "train.recompute_nested=true",
                 "train.tiles=block",
