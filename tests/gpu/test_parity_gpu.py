@@ -29,3 +29,13 @@ def test_layouts_of_all_gpus_agree_with_one_process(
     )
     assert code == 0, capsys.readouterr().out
     assert all(row["errors"]["gradient"] <= 1e-5 for row in json.loads(out.read_text())["cases"])
+
+
+def test_compiled_blocks_of_zero3_agree_with_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    out = tmp_path / "parity.json"
+    lists = ["--worlds", "2", "--zero", "3", "--cases", "5", "--offload", "none", "--json", str(out)]
+    code = main(["parity", "model=gpt_tiny", "train.device=cuda", "kernels.compile=on", *lists])
+    assert code == 0, capsys.readouterr().out
+    assert len(json.loads(out.read_text())["cases"]) == 5
