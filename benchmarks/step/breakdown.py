@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,28 @@ class NoDeviceEvents(ValueError):
     """A trace without work of a GPU."""
 
 
-def breakdown(trace: Path, steps: int) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The events of a chrome trace that have a duration, those of the device in the order of their beginnings."""
+
+    host: list[dict[str, Any]]
+    device: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """From `trace.json` of `engine.train.hooks.Profile`.
+
+        Raises:
+            NoDeviceEvents: as from a CPU.
+        """
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+        device = sorted((event for event in events if event.get("cat") in _DEVICE), key=itemgetter("ts"))
+        if not device:
+            raise NoDeviceEvents("the trace has no work of a GPU in it")
+        return cls([event for event in events if event.get("cat") in _HOST], device)
+
+
+def breakdown(trace: Trace, steps: int) -> dict[str, float]:
     """Milliseconds of a step of rank 0 by `PARTS`; they add up to the profiled step.
 
     Each moment counts once: as the work that runs in it, as exposed communication where no other kernel runs, as a copy
@@ -44,57 +66,44 @@ def breakdown(trace: Path, steps: int) -> dict[str, float]:
     the first call of the host and ends with the last event; the profiler itself makes gaps longer.
 
     Args:
-        trace: `trace.json` of `engine.train.hooks.Profile`.
         steps: steps in the profiled window.
-
-    Raises:
-        NoDeviceEvents: as from a CPU.
     """
-    events, work = _read(trace)
-    window = [event for event in events if event.get("cat") in (*_DEVICE, *_HOST)]
+    window = [*trace.host, *trace.device]
     start, end = min(event["ts"] for event in window), max(event["ts"] + event["dur"] for event in window)
     totals = dict.fromkeys(PARTS, 0.0)
-    for name, seconds in _moments([(event["ts"], event["ts"] + event["dur"], kind_of(event)) for event in work]):
+    for name, seconds in _moments(
+        [(event["ts"], event["ts"] + event["dur"], kind_of(event)) for event in trace.device]
+    ):
         totals[name] += seconds
     totals[GAPS] = (end - start) - sum(totals.values())
     return {name: value / 1e3 / steps for name, value in totals.items()}
 
 
-def longest_gaps(trace: Path, count: int = 8) -> list[dict[str, Any]]:
+def longest_gaps(trace: Trace, count: int = 8) -> list[dict[str, Any]]:
     """The longest stretches, in milliseconds, between two pieces of work in which the device had nothing to do.
 
     `after` and `before` name the work around one. `host` says what the host did meanwhile: calls into CUDA and
     operators by the time that they shared with it, at most three.
-
-    Raises:
-        NoDeviceEvents: as from a CPU.
     """
-    events, work = _read(trace)
-    host = [event for event in events if event.get("cat") in _HOST]
-    work.sort(key=itemgetter("ts"))
-    found, last = [], work[0]
-    for event in work[1:]:
+    found, last = [], trace.device[0]
+    for event in trace.device[1:]:
         if event["ts"] > last["ts"] + last["dur"]:
             found.append((last["ts"] + last["dur"], event["ts"], last["name"], event["name"]))
         last = max(last, event, key=lambda one: one["ts"] + one["dur"])
     found.sort(key=lambda gap: gap[0] - gap[1])
     return [
-        {"ms": (end - start) / 1e3, "after": after, "before": before, "host": _during(host, start, end)}
+        {"ms": (end - start) / 1e3, "after": after, "before": before, "host": _during(trace.host, start, end)}
         for start, end, after, before in found[:count]
     ]
 
 
-def largest_kernels(trace: Path, steps: int, count: int = 40) -> list[dict[str, Any]]:
+def largest_kernels(trace: Trace, steps: int, count: int = 40) -> list[dict[str, Any]]:
     """Kernels and copies by name, those that took longest first: milliseconds and launches of a step of rank 0.
 
     Work that runs beside other work counts in full here.
-
-    Raises:
-        NoDeviceEvents: as from a CPU.
     """
-    _, work = _read(trace)
     spent: dict[tuple[str, str], list[float]] = {}
-    for event in work:
+    for event in trace.device:
         spent.setdefault((kind_of(event), event["name"]), []).append(event["dur"] / 1e3)
     largest = sorted(spent.items(), key=lambda entry: -sum(entry[1]))[:count]
     return [
@@ -110,15 +119,6 @@ def _during(host: Sequence[dict[str, Any]], start: float, end: float) -> list[st
         if shared > 0:
             shares[event["name"]] = shares.get(event["name"], 0.0) + shared
     return [f"{name} {shares[name] / 1e3:.2f} ms" for name in sorted(shares, key=shares.__getitem__, reverse=True)[:3]]
-
-
-def _read(trace: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Everything that has a duration, and the device's part of it."""
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
-    work = [event for event in events if event.get("cat") in _DEVICE]
-    if not work:
-        raise NoDeviceEvents("the trace has no work of a GPU in it")
-    return events, work
 
 
 def kind_of(event: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kernels.sheet import Sheet
 from benchmarks.step import systems
-from benchmarks.step.breakdown import NoDeviceEvents, breakdown, largest_kernels, longest_gaps
+from benchmarks.step.breakdown import NoDeviceEvents, Trace, breakdown, largest_kernels, longest_gaps
 from benchmarks.step.cases import Case
 from benchmarks.step.figures import facts, samples_of
 from benchmarks.step.systems import REFERENCE, Place, Record
@@ -144,15 +144,16 @@ class Contest:
         print(_line(row) + f", {self._took[name]:.0f} s in all", flush=True)
 
     def _breakdown(self, name: str, profiled: int) -> None:
-        trace = systems.trace_of(name, self.case, self.folder)
+        path = systems.trace_of(name, self.case, self.folder)
         row: dict[str, Any] = {"suite": SUITE, "gpus": self.case.gpus, "call": self.call}
         try:
+            trace = Trace.read(path)
             row["parts"] = breakdown(trace, profiled)
             row |= {"longest_gaps": longest_gaps(trace), "kernels": largest_kernels(trace, profiled)}
         except NoDeviceEvents as error:
             row |= {"parts": {}, "note": str(error)}
         finally:
-            shutil.rmtree(trace.parent, ignore_errors=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
         self.sheet.add(self.case.name, name, "breakdown", "ms", [sum(row["parts"].values())], **row)
 
     def _reference(self) -> None:

@@ -1,6 +1,6 @@
 """Gradients added to sums of another dtype, with every element read and written once, 16 bytes of fp32 at a time.
 
-torch casts element by element where dtypes differ, which takes more than twice as long.
+torch casts element by element where dtypes differ.
 """
 
 # Arguments of kernels have types that no annotation says.

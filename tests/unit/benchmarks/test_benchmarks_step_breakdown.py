@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.step.breakdown import PARTS, NoDeviceEvents, breakdown, kind_of, largest_kernels, longest_gaps
+from benchmarks.step.breakdown import PARTS, NoDeviceEvents, Trace, breakdown, kind_of, largest_kernels, longest_gaps
 
 Event = dict[str, Any]
 
@@ -15,10 +15,10 @@ def kernel(start: float, end: float, name: str, category: str = "kernel") -> Eve
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": end - start}
 
 
-def written(folder: Path, events: list[Event]) -> Path:
+def written(folder: Path, events: list[Event]) -> Trace:
     path = folder / "trace.json"
     path.write_text(json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}))
-    return path
+    return Trace.read(path)
 
 
 def test_every_moment_counts_once_and_the_parts_are_the_step(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_kernels_are_added_up_by_name(tmp_path: Path) -> None:
 
 def test_the_trace_of_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NoDeviceEvents, match="^the trace has no work of a GPU in it$"):
-        breakdown(written(tmp_path, [kernel(0, 10, "aten::mm", "cpu_op")]), steps=1)
+        written(tmp_path, [kernel(0, 10, "aten::mm", "cpu_op")])
 
 
 @pytest.mark.parametrize(
