@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.derived import can_stream, streams
-from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName, Switch
+from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.layout import Fits, legal_layouts, typed
 from engine.config.rules_parallel import PIPELINE_ZERO
 from engine.config.schema import Config
@@ -57,14 +57,6 @@ def _formats(cfg: Config) -> list[_Row]:
             f"for a {dtype} model only DeepSpeed's ZeRO optimizers add up gradients in fp32 and count every "
             "parameter in the clip norm",
             "Use zero.stage=1, which with dp=1 shards nothing, or precision.dtype=fp32",
-        ),
-        (
-            stage == 3 and cfg.kernels.compile is Switch.on,
-            315,
-            "kernels.compile",
-            cfg.kernels.compile,
-            "zero.stage=3 gathers parameters in hooks inside the blocks, which torch.compile would cut apart",
-            "Use kernels.compile=auto, or zero.stage=2",
         ),
         (
             scale is not None and dtype is not DType.fp16,

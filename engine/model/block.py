@@ -211,7 +211,12 @@ class Block(nn.Module):
         before: list[nn.Module] = [attention.qkv]
         after = [attention.out, self.mlp, self.mlp_norm]
         (after if self.post_norm else before).append(self.attention_norm)
-        parts = self._run(Tiles.block, "_before", before, x_BLD)
+        if self.post_norm or self.wiring.tiles is Tiles.block:
+            parts = self._run(Tiles.block, "_before", before, x_BLD)
+        else:
+            # Tiles would copy what is handed on.
+            y_BLD, x_BLD = self.attention_norm.add(x_BLD)
+            parts = attention.project(y_BLD)
         o_BSD = attention.attend(parts, lengths_B, drop, documents, positions_BS)
         (out_BLD,) = self._run(Tiles.block, "_after", after, x_BLD, o_BSD, keys_BL)
         return out_BLD
@@ -222,19 +227,25 @@ class Block(nn.Module):
 
     def _after(self, x_BLD: Tensor, o_BSD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
         """What comes after it, from the block's input and the core's output."""
-        feed = [self.mlp, self.mlp_norm]
-        attended_BLD = x_BLD + self._drop(self.attention.out(o_BSD), keys_BL, 0)
-        if self.post_norm:
-            return self._run(Tiles.mlp, "_feed", feed, self.attention_norm(attended_BLD), keys_BL)
-        read_BLD = x_BLD if self.parallel else attended_BLD
-        (fed_BLD,) = self._run(Tiles.mlp, "_feed", feed, read_BLD, keys_BL)
-        return (attended_BLD + fed_BLD,)
+        feed = [self.mlp, self.mlp_norm, *([self.attention_norm] if self.post_norm else [])]
+        attended_BLD = self._drop(self.attention.out(o_BSD), keys_BL, 0)
+        if self.parallel:
+            (fed_BLD,) = self._run(Tiles.mlp, "_feed", feed, x_BLD, None, keys_BL)
+            return (x_BLD + attended_BLD + fed_BLD,)
+        return self._run(Tiles.mlp, "_feed", feed, x_BLD, attended_BLD, keys_BL)
 
-    def _feed(self, x_BLD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
-        """The feed-forward with its norm; post-norm with its residual sum too."""
+    def _feed(self, x_BLD: Tensor, attended_BLD: Tensor | None, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
+        """The rest, from the block's input and the attention's output; of parallel sublayers the second one alone."""
+        if attended_BLD is None:
+            return (self._fed(self.mlp_norm(x_BLD), keys_BL),)
         if self.post_norm:
-            return (self.mlp_norm(x_BLD + self._drop(self.mlp(x_BLD), keys_BL, _AFTER_MLP)),)
-        return (self._drop(self.mlp(self.mlp_norm(x_BLD)), keys_BL, _AFTER_MLP),)
+            y_BLD, _ = self.attention_norm.add(attended_BLD, x_BLD)
+            return (self.mlp_norm.add(self._fed(y_BLD, keys_BL), y_BLD)[0],)
+        y_BLD, s_BLD = self.mlp_norm.add(attended_BLD, x_BLD)
+        return (s_BLD + self._fed(y_BLD, keys_BL),)
+
+    def _fed(self, y_BLD: Tensor, keys_BL: Tensor | None) -> Tensor:
+        return self._drop(self.mlp(y_BLD), keys_BL, _AFTER_MLP)
 
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """As `nn.Module.compile`; what runs in tiles becomes graphs of its own."""

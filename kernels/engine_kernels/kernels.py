@@ -47,6 +47,22 @@ class LayerNormFn(Protocol):
     def __call__(self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float) -> Tensor: ...
 
 
+class AddRmsNormFn(Protocol):
+    """See `engine_kernels.plain.add_rms_norm`."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, weight_D: Tensor, *, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class AddLayerNormFn(Protocol):
+    """See `engine_kernels.plain.add_layer_norm`."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class RotateFn(Protocol):
     """See `engine_kernels.reference.rotary.rotate_qk`."""
 
@@ -124,6 +140,8 @@ class Norms(NamedTuple):
 
     rms_norm: RmsNormFn
     layer_norm: LayerNormFn
+    add_rms_norm: AddRmsNormFn
+    add_layer_norm: AddLayerNormFn
 
 
 class Activations(NamedTuple):
@@ -156,6 +174,8 @@ class Kernels:
     attention: AttentionFn
     rms_norm: RmsNormFn = plain.rms_norm
     layer_norm: LayerNormFn = plain.layer_norm
+    add_rms_norm: AddRmsNormFn = plain.add_rms_norm
+    add_layer_norm: AddLayerNormFn = plain.add_layer_norm
     rotate_qk: RotateFn = rotary.rotate_qk
     swiglu: SwigluFn = plain.swiglu
     gelu: GeluFn = plain.gelu

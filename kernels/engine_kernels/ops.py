@@ -151,7 +151,7 @@ register(Impl("attention", "flex", flex.flex_supports, flex.flex_attention_of))
 register(Impl("attention", "reference", _always, reference_attention))
 for _op, _plain in (
     ("linear_cross_entropy", None),
-    ("norm", Norms(plain.rms_norm, plain.layer_norm)),
+    ("norm", Norms(plain.rms_norm, plain.layer_norm, plain.add_rms_norm, plain.add_layer_norm)),
     ("rotary", rotate_qk),
     ("activation", Activations(plain.swiglu, plain.gelu)),
     ("adamw", None),

@@ -21,6 +21,20 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
     return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of s = x + residual, and s; without a residual s = x. All (..., D)."""
+    s = x if residual is None else x + residual
+    return rms_norm(s, weight_D, eps=eps), s
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm` of s = x + residual, and s; without a residual s = x. All (..., D)."""
+    s = x if residual is None else x + residual
+    return layer_norm(s, weight_D, bias_D, eps=eps), s
+
+
 def swiglu(h: Tensor) -> Tensor:
     """silu(gate) * up with (gate, up) the halves of `h` (arXiv 2002.05202), (..., 2F) -> (..., F)."""
     gate, up = h.chunk(2, dim=-1)

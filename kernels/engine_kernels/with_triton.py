@@ -12,9 +12,9 @@ from engine_kernels.registry import Impl, Situation
 from engine_kernels.triton import attention, norm
 from engine_kernels.triton.activation import gelu, swiglu
 from engine_kernels.triton.adamw import adamw_step
-from engine_kernels.triton.layer_norm import layer_norm
+from engine_kernels.triton.layer_norm import add_layer_norm, layer_norm
 from engine_kernels.triton.linear_cross_entropy import linear_cross_entropy
-from engine_kernels.triton.rms_norm import rms_norm
+from engine_kernels.triton.rms_norm import add_rms_norm, rms_norm
 from engine_kernels.triton.rotary import rotate_qk
 
 
@@ -68,13 +68,14 @@ def _scattered(s: Situation) -> str | None:
     return _unmeasured(replace(s, cut=False))
 
 
+# Without a residual a norm returns one tensor.
+_NORMS = Norms(rms_norm, layer_norm, add_rms_norm, add_layer_norm)  # type: ignore[arg-type]
 IMPLS = {
     impl.op: impl
     for impl in (
         Impl("attention", "triton", _attention_supports, attention.attention, _interpreted),
         Impl("linear_cross_entropy", "triton", _loss_supports, linear_cross_entropy, _unmeasured),
-        # Without a residual a norm returns one tensor.
-        Impl("norm", "triton", _norm_supports, Norms(rms_norm, layer_norm), _fusible),  # type: ignore[arg-type]
+        Impl("norm", "triton", _norm_supports, _NORMS, _fusible),
         Impl("rotary", "triton", _supports, rotate_qk, _fusible),
         Impl("activation", "triton", _supports, Activations(swiglu, gelu), _fusible),
         Impl("adamw", "triton", _adamw_supports, adamw_step, _scattered),

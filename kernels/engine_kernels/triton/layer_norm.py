@@ -89,6 +89,32 @@ _layer_norm.register_autograd(_differentiate, setup_context=_save)
 _add_layer_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
+class _Beside(torch.autograd.Function):
+    """The norm of x, and x: the gradients of both meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        y, mean_T, rstd_T = _layer_norm(x, weight_D, bias_D, eps)
+        ctx.vectors = 1 if bias_D is None else 2
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight_D, mean_T, rstd_T)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dx = grads
+        if dy is None:
+            return dx, None, None, None
+        dx, dvectors = _layer_norm_backward(dy, dx, *ctx.saved_tensors, ctx.vectors)
+        return dx, dvectors[0], dvectors[1] if ctx.vectors == 2 else None, None
+
+
+def _check(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> None:
+    check_norm(x, weight_D, bias_D, residual)
+    require_triton("x", x)
+    check_width(x)
+
+
 def layer_norm(
     x: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -110,9 +136,21 @@ def layer_norm(
     Raises:
         ValueError: see `check_norm`, `check_width` and `require_triton`.
     """
-    check_norm(x, weight_D, bias_D, residual)
-    require_triton("x", x)
-    check_width(x)
+    _check(x, residual, weight_D, bias_D)
     if residual is None:
         return _layer_norm(x, weight_D, bias_D, eps)[0]
     return _add_layer_norm(x, residual, weight_D, bias_D, eps)[:2]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm` with s, which is x itself without a residual; its gradient is added where that of the norm is made.
+
+    Raises:
+        ValueError: as `layer_norm`.
+    """
+    if residual is not None:
+        return layer_norm(x, weight_D, bias_D, eps=eps, residual=residual)  # type: ignore[return-value]  # a pair
+    _check(x, None, weight_D, bias_D)
+    return _Beside.apply(x, weight_D, bias_D, eps)  # type: ignore[no-any-return]

@@ -77,6 +77,31 @@ _rms_norm.register_autograd(_differentiate, setup_context=_save)
 _add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
+class _Beside(torch.autograd.Function):
+    """The norm of x, and x: the gradients of both meet in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd_T = _rms_norm(x, weight_D, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight_D, rstd_T)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dx = grads
+        if dy is None:
+            return dx, None, None
+        dx, dweight_1D = _rms_norm_backward(dy, dx, *ctx.saved_tensors)
+        return dx, dweight_1D[0], None
+
+
+def _check(x: Tensor, residual: Tensor | None, weight_D: Tensor) -> None:
+    check_norm(x, weight_D, None, residual)
+    require_triton("x", x)
+    check_width(x)
+
+
 def rms_norm(
     x: Tensor, weight_D: Tensor, *, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -97,9 +122,19 @@ def rms_norm(
     Raises:
         ValueError: see `check_norm`, `check_width` and `require_triton`.
     """
-    check_norm(x, weight_D, None, residual)
-    require_triton("x", x)
-    check_width(x)
+    _check(x, residual, weight_D)
     if residual is None:
         return _rms_norm(x, weight_D, eps)[0]
     return _add_rms_norm(x, residual, weight_D, eps)[:2]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` with s, which is x itself without a residual; its gradient is added where that of the norm is made.
+
+    Raises:
+        ValueError: as `rms_norm`.
+    """
+    if residual is not None:
+        return rms_norm(x, weight_D, eps=eps, residual=residual)  # type: ignore[return-value]  # a pair, as it has one
+    _check(x, None, weight_D)
+    return _Beside.apply(x, weight_D, eps)  # type: ignore[no-any-return]
