@@ -152,5 +152,6 @@ def gpt_layers(cfg: Config, ctx: ParallelContext, kernels: Kernels) -> list[Laye
         layers.append(LayerDef("embed.positions", positions, partial(_add_positions, model)))
     layers += block_layers(cfg, ctx, kernels)
     layers.append(LayerDef("final_norm", partial(make_norm, model, tp, kernels, sequence=sequence), _normalise))
-    layers.append(LayerDef("head", head, partial(_logits, model, kernels), tied))
+    lends = kernels.linear_cross_entropy is not None
+    layers.append(LayerDef("head", head, partial(_logits, model, kernels), tied, lends=lends))
     return layers

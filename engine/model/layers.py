@@ -39,6 +39,8 @@ class LayerDef:
     glued: bool = False
     repeats: bool = False
     """A transformer block: full recomputation groups these."""
+    lends: bool = False
+    """Its parameters are handed on to the loss, which uses them in its place."""
 
 
 def owner_of(layers: Sequence[LayerDef], layer: LayerDef) -> LayerDef:
@@ -89,6 +91,8 @@ def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
 
 AHEAD = 16
 """Layers of random weights that are made at a time, at most."""
+_AHEAD_OF_CUTS = 2
+"""The same where each is converted at once, which may be so because memory is short."""
 
 
 class Stack(nn.Module):
@@ -174,8 +178,7 @@ def build_stacks(
     """
     owners = {layer.name: owner_of(layers, layer).name for start, end in spans for layer in layers[start:end]}
     first = {owner: next(layer for layer in layers if owners.get(layer.name) == owner) for owner in owners.values()}
-    # What is converted may be so because memory is short: one layer at a time.
-    ahead = AHEAD if convert is _as_it_is and isinstance(initial, RandomWeights) else 1
+    ahead = (AHEAD if convert is _as_it_is else _AHEAD_OF_CUTS) if isinstance(initial, RandomWeights) else 1
     built = {owner: convert(module) for owner, module in _materialized(first, initial, tp, ahead)}
     return [
         Stack(

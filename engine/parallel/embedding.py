@@ -46,27 +46,23 @@ class VocabParallelEmbedding(nn.Module):
         """
         return self.logits(x) if project else self._look_up(x)
 
-    @property
     def _table(self) -> Tensor:
         return self.weight if self.stand_in is None else self.stand_in
 
     def _look_up(self, tokens_BS: Tensor) -> Tensor:
         if self.tp.group is None:
-            return F.embedding(tokens_BS, self._table)
+            return F.embedding(tokens_BS, self._table())
         local = tokens_BS - self.first_row
         elsewhere = (local < 0) | (local >= self.rows)
-        x_BSD = F.embedding(local.masked_fill(elsewhere, 0), self._table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        x_BSD = F.embedding(local.masked_fill(elsewhere, 0), self._table()).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return leave(x_BSD, self.tp, sequence=self.sequence)
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
-        return column_linear(x, self._table, None, self.tp, sequence=self.sequence)
+        return column_linear(x, self._table(), None, self.tp, sequence=self.sequence)
 
     def projection(self, x: Tensor, function: LinearCrossEntropyFn, scale: float) -> Projection:
-        """What `logits`, times `scale`, would be made of, for a loss that is `function`.
-
-        Not under ZeRO-3: the weight outlives the call.
-        """
+        """What `logits`, times `scale`, would be made of, for a loss that is `function`."""
         x_BSD = enter(x, self.tp, sequence=self.sequence)
         return Projection(function=function, x_BSD=x_BSD, weight_VD=self._table, scale=scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,16 @@ from engine.parallel.cross_entropy import IGNORE
 from engine_kernels.ops import LinearCrossEntropyFn
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots, as ZeRO-3 looks into what modules return.
+@dataclass(frozen=True, kw_only=True)
 class Projection:
     """What logits would be made of: scale * x weight^T + bias. The head gives it in their place."""
 
     function: LinearCrossEntropyFn
     x_BSD: Tensor
     """All positions of this cp rank, equal on all tp ranks."""
-    weight_VD: Tensor
+    weight_VD: Callable[[], Tensor]
+    """Gives it: under ZeRO-3 it is whole while the loss runs."""
     scale: float
     bias_V: Tensor | None = None
 
@@ -39,7 +42,7 @@ def projected_cross_entropy(
     """Sum of what `vocab_parallel_cross_entropy` gives for the logits of `projection`, divided by `targets`."""
     return projection.function(
         projection.x_BSD.flatten(0, 1),
-        projection.weight_VD,
+        projection.weight_VD(),
         labels_BS.flatten(),
         divisor=targets,
         vocab_size=vocab_size,

@@ -189,6 +189,9 @@ class FlatOptimizer(BF16_Optimizer):
             self.fp32_groups_flat_partition[index] = mine
             group["params"] = [mine]
         self._link_all_hp_params()
+        if self._ctx.device.type == "cuda":
+            # Their memory, whole, for the moments: activations would cut it up before the first step.
+            torch.cuda.empty_cache()
 
     def _move_out(self, streamed: Streamed) -> HostStep:
         """Move the ends of what the optimizer steps to host memory."""

@@ -9,6 +9,7 @@ from torch import nn
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.dist.init import DTYPES
+from engine.model.layers import Stack
 from engine.runtime.ds_axes import Axes
 from engine.runtime.ds_config import deepspeed_config
 
@@ -42,3 +43,11 @@ class Partitioner:
         # One owner of the buffers for NVMe, whatever the number of layers.
         self._disk = init.param_swapper
         return layer
+
+
+def lend(model: Stack, loss: nn.Module) -> None:
+    """Gather what layers of `model` lend to `loss` while that runs, as its own parameters would be."""
+    for layer, module in zip(model.layers, model.parts, strict=True):
+        if layer.lends:
+            for parameter in module.parameters():
+                deepspeed.zero.register_external_parameter(loss, parameter)

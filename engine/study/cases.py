@@ -157,14 +157,14 @@ def configure(base: Config, case: Case) -> Config:
     cfg.model.dropout = cfg.model.attention_dropout = case.dropout
     if case.dropout:
         cfg.kernels.attention = Attention.reference
-    if case.zero == 3:
+    if case.zero == 3 and case.flavour == "bert":
         cfg.kernels.loss = Kernel.auto
     if case.offload != "none":
         cfg.kernels.optimizer = Kernel.auto
     optim.name, optim.schedule, optim.warmup_steps = OptimizerName.sgd, ScheduleName.constant, 0
     precision.tf32, precision.grad_accum = False, DType.fp32
     precision.loss_scale = LOSS_SCALE if precision.dtype is DType.fp16 else None
-    cfg.kernels.compile = cfg.kernels.cuda_graphs = Switch.off
+    cfg.kernels.cuda_graphs = Switch.off
     cfg.logging.wandb = WandbMode.disabled
     return cfg
 

@@ -36,6 +36,7 @@ DEFAULTS = [
     "data.seed=1",
     "train.steps=10",
     "optim.warmup_steps=0",
+    "kernels.compile=off",
     "run.name=parity",
 ]
 """Overrides that come before the user's: small random samples, which reach every entry of the vocabulary.

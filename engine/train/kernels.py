@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.config.derived import head_dim, is_causal, kv_heads, offloads
-from engine.config.enums import Fp8, Fp8Kernel, Kernel, OptimizerName, Positions
+from engine.config.enums import Family, Fp8, Fp8Kernel, Kernel, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.dist.init import DTYPES
 from engine.errors import ConfigError, Violation
@@ -81,8 +81,9 @@ def situation(cfg: Config, device: torch.device) -> Situation:
         padded=not causal,
         deterministic=cfg.kernels.deterministic,
         compiled=wants_compile(cfg, device),
+        fp8=cfg.precision.fp8 is not Fp8.none,
         width=model.hidden_size,
-        gathered=cfg.zero.stage == 3,
+        gathered=cfg.zero.stage == 3 and model.family is Family.bert,
         cut=cfg.parallel.tp > 1,
         update=f"{cfg.optim.name} in host memory" if elsewhere else str(cfg.optim.name),
         flat=cfg.zero.stage > 0,

@@ -36,10 +36,12 @@ class Situation:
     """The same inputs give the same bits."""
     compiled: bool = False
     """What stands around it is compiled by torch.compile."""
+    fp8: bool = False
+    """Linear layers round their inputs to 8 bits, which torch.compile fuses with what makes them."""
     width: int = 0
     """Hidden size."""
     gathered: bool = False
-    """Weights are whole only while the module that holds them runs."""
+    """Weights are whole only while the module that holds them runs, for the loss too."""
     cut: bool = False
     """The vocabulary is cut over ranks."""
     update: str = "adamw"

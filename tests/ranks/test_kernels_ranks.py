@@ -27,6 +27,8 @@ CASES = {
     "llama on tp, cut sequences": Case(world=2, tp=2, sequence=True, zero=2, flavour="llama", tied=False),
     "bert on pp, tied": Case(world=2, pp=2, zero=1, accum=2, flavour="bert", length="variable"),
     "neox on cp, recomputed": Case(world=2, context=2, zero=0, flavour="neox", recompute="full"),
+    "gpt2 on ZeRO-3, tied": Case(world=2, zero=3, accum=2),
+    "llama on ZeRO-3": Case(world=2, zero=3, flavour="llama", tied=False),
 }
 
 
@@ -40,7 +42,7 @@ def on_ranks(names: list[str]) -> list[Comparison]:
     found = []
     # The interpreter is slow.
     for module in (cases, measure):
-        mock.patch.object(module, "GLOBAL_BATCH", 2).start()
+        mock.patch.object(module, "GLOBAL_BATCH", 4).start()
     for name in names:
         case, base, device = CASES[name], tiny(), torch.device("cpu")
         oracle = measure_oracle(oracle_config(base, case), device)

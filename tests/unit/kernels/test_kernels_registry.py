@@ -120,7 +120,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LATER = "is taken when asked for: whole training steps are measured in bf16 alone, with uncut vocabularies"
 FUSES = "torch.compile fuses torch's with what stands around it"
-ZERO3 = "reads the output projection's weight in the loss, and ZeRO-3 gathers it for that layer alone"
+ZERO3 = "reads weights of other layers in the loss, and ZeRO-3 gathers them for those layers alone"
 ALONE = "is launched for each parameter alone, where torch steps many at once"
 
 
@@ -130,9 +130,13 @@ ALONE = "is launched for each parameter alone, where torch steps many at once"
         ("norm", {}, "triton", None),
         ("rotary", {}, "triton", None),
         ("activation", {}, "triton", None),
-        ("norm", {"compiled": True}, "torch", FUSES),
+        ("norm", {"compiled": True}, "triton", None),
         ("rotary", {"compiled": True}, "torch", FUSES),
-        ("activation", {"compiled": True}, "torch", FUSES),
+        ("activation", {"compiled": True}, "triton", None),
+        ("norm", {"compiled": True, "fp8": True}, "torch", FUSES),
+        ("activation", {"compiled": True, "fp8": True}, "torch", FUSES),
+        ("norm", {"compiled": True, "dtype": torch.float32}, "torch", FUSES),
+        ("activation", {"compiled": True, "dtype": torch.float16}, "torch", FUSES),
         ("linear_cross_entropy", {"compiled": True}, "triton", None),
         ("linear_cross_entropy", {"cut": True}, "torch", LATER),
         ("linear_cross_entropy", {"dtype": torch.float16}, "torch", LATER),

@@ -89,5 +89,5 @@ def test_the_weight_that_stands_in_for_it_gets_the_gradient() -> None:
     torch.nn.init.normal_(head.weight)
     head.stand_in = head.weight.detach().requires_grad_()
     given = head.projection(torch.randn(2, 3, 4), linear_cross_entropy, 0.5)
-    assert isinstance(given, Projection) and given.weight_VD is head.stand_in
+    assert isinstance(given, Projection) and given.weight_VD() is head.stand_in
     assert (given.scale, given.bias_V) == (0.5, None)

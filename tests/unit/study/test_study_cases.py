@@ -196,7 +196,7 @@ def test_a_case_is_without_what_it_does_not_name() -> None:
     assert (cfg.train.recompute, cfg.data.variable_length, cfg.precision.tf32) == (Recompute.none, False, False)
     assert not cfg.data.document_mask
     assert (cfg.optim.schedule, cfg.optim.warmup_steps) == (ScheduleName.constant, 0)
-    assert (cfg.kernels.compile, cfg.kernels.cuda_graphs) == (Switch.off, Switch.off)
+    assert (cfg.kernels.compile, cfg.kernels.cuda_graphs) == (Switch.on, Switch.off)
     assert cfg.logging.wandb is WandbMode.disabled
     assert cfg.optim.clip_norm > 0, "clipping is part of what is compared"
 

@@ -55,7 +55,8 @@ def test_what_the_implementations_are_asked_about() -> None:
     cfg.model.num_kv_heads, cfg.model.attention_dropout = 2, 0.1
     found = situation(cfg, CPU)
     assert (found.groups, found.compiled, found.deterministic, found.documents) == (3, True, True, True)
-    assert (found.dropout, found.gathered, found.flat) == (True, True, True)
+    assert (found.dropout, found.gathered, found.flat) == (True, False, True)
+    assert situation(make(zero__stage=3, model__family=Family.bert), CPU).gathered, "its loss reads the head's bias too"
     bert = situation(make(model__family=Family.bert, zero__stage=0), CPU)
     assert (bert.causal, bert.padded, bert.flat) == (False, True, False)
 
@@ -76,10 +77,11 @@ def test_on_a_gpu_the_reasons_are_said_too() -> None:
     fuses = "torch; not triton: torch.compile fuses torch's with what stands around it"
     assert list(choose_kernels(cfg, GPU).lines(GPU)) == [
         "attention: sdpa",
-        "loss: triton",
-        f"norm, rotary, activation: {fuses}",
-        "optimizer: triton",
+        "loss, norm: triton",
+        f"rotary: {fuses}",
+        "activation, optimizer: triton",
     ]
+    assert {names(fp8())[option] for option in ("norm", "activation")} == {"torch"}
     cfg.kernels.compile = Switch.off
     cfg.parallel.tp = 2
     assert list(choose_kernels(cfg, GPU).lines(GPU)) == [
@@ -138,10 +140,10 @@ def test_what_is_said_of_fp8() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_zero_and_offload_decide_on_loss_and_optimizer() -> None:
-    with pytest.raises(ConfigError, match="reads the output projection's weight in the loss, and ZeRO-3 gathers it"):
-        names(llama(zero__stage=3, kernels__loss=Kernel.triton))
+    with pytest.raises(ConfigError, match="reads weights of other layers in the loss, and ZeRO-3 gathers them for"):
+        names(make(zero__stage=3, kernels__loss=Kernel.triton, model__family=Family.bert))
     asked = names(llama(zero__stage=3, kernels__optimizer=Kernel.triton))
-    assert (asked["loss"], asked["optimizer"]) == ("torch", "triton")
+    assert (asked["loss"], asked["optimizer"]) == ("triton", "triton")
     offload = {"zero__offload_optimizer": Offload.cpu}
     assert names(llama(**offload))["optimizer"] == "triton", "of streamed state a part stays on the device"
     assert "optimizer" not in names(llama(**offload, zero__offload_strategy=OffloadStrategy.plain))
@@ -176,8 +178,8 @@ def test_a_kernel_that_cannot_run_here_is_refused(option: str, monkeypatch: pyte
     [
         (
             "loss",
-            {"zero__stage": 3},
-            "reads the output projection's weight in the loss, and ZeRO-3 gathers it for that layer alone",
+            {"zero__stage": 3, "model__family": Family.bert},
+            "reads weights of other layers in the loss, and ZeRO-3 gathers them for those layers alone",
         ),
         ("optimizer", {"optim__name": OptimizerName.sgd}, "steps by adamw, not by sgd"),
         (
