@@ -100,6 +100,7 @@ CASES: dict[str, Case] = {
         Case(
             "gpt2_124m",
             ("model=gpt2_124m", "data.seq_len=1024", "train.micro_batch=64", "train.accum_steps=1"),
+            ("kernels.cuda_graphs=on",),
             targets=(Target(Kind.rate, 580_000),),
             measured=20,
         ),
