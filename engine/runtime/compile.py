@@ -13,10 +13,8 @@ from engine.model.block import Block
 
 
 def wants_compile(cfg: Config, device: torch.device) -> bool:
-    """`auto` compiles on GPUs, but under ZeRO-3 only when asked: no GPU has run compiled blocks there yet."""
-    if cfg.kernels.compile is Switch.auto:
-        return device.type == "cuda" and cfg.zero.stage < 3
-    return cfg.kernels.compile is Switch.on
+    """`auto` compiles on GPUs."""
+    return device.type == "cuda" if cfg.kernels.compile is Switch.auto else cfg.kernels.compile is Switch.on
 
 
 def compile_parts(model: nn.Module, loss: nn.Module, *, deterministic: bool, hooked: bool = False) -> None:
