@@ -6,6 +6,7 @@ sums over all ranks whole, and reads the norm back before it goes on.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
@@ -20,6 +22,15 @@ from engine.runtime.buckets import Buckets
 from engine.runtime.gradients import counts
 from engine.runtime.host_step import HostStep, Part, Streamed
 from engine_kernels.ops import accumulation
+
+
+class _NoMasters(TorchFunctionMode):
+    """bf16 weights that DeepSpeed copies into fp32 stay bf16: no device need hold masters that nobody will step."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is Tensor.float else func(*args, **(kwargs or {}))
 
 
 class FlatOptimizer(BF16_Optimizer):
@@ -52,7 +63,7 @@ class FlatOptimizer(BF16_Optimizer):
         streamed: Streamed | None = None,
         **options: Any,
     ) -> None:
-        self._ctx, self._accumulate = ctx, accumulation(ctx.device)
+        self._ctx, self._accumulate, self._bf16_states = ctx, accumulation(ctx.device), bf16_states
         super().__init__(inner, *others, **options)
         assert self.immediate_grad_update
         if bf16_states:
@@ -73,6 +84,10 @@ class FlatOptimizer(BF16_Optimizer):
         self._finite: Tensor | None = None
         self._known: torch.cuda.Event | None = None
         self._global_grad_norm = torch.zeros((), device=ctx.device)
+
+    def _setup_for_real_optimizer(self) -> None:
+        with _NoMasters() if self._bf16_states else nullcontext():
+            super()._setup_for_real_optimizer()
 
     def clear_lp_grads(self, set_to_none: bool = False) -> None:
         """Nothing: a parameter's gradient is gone when the sums have it."""
@@ -184,13 +199,13 @@ class FlatOptimizer(BF16_Optimizer):
         return [partitions[self._ctx.reduce.rank] for partitions in self.bf16_partitioned_groups]
 
     def _give_up_masters(self) -> None:
-        """Let the optimizer step this rank's partition of the bf16 weights in place of fp32 copies."""
+        """Let the optimizer step this rank's partition of the bf16 weights in place of a copy."""
         for index, (group, mine) in enumerate(zip(self.optimizer.param_groups, self._own_weights, strict=True)):
             self.fp32_groups_flat_partition[index] = mine
             group["params"] = [mine]
         self._link_all_hp_params()
         if self._ctx.device.type == "cuda":
-            # Their memory, whole, for the moments: activations would cut it up before the first step.
+            # The copies' memory, whole, for the moments: activations would cut it up before the first step.
             torch.cuda.empty_cache()
 
     def _move_out(self, streamed: Streamed) -> HostStep:

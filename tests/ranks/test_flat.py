@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import runtime
 from engine.config.load import load
@@ -18,6 +20,7 @@ from engine.model.feed import Feed
 from engine.model.layers import random_weights
 from engine.model.loss import NextTokenLoss
 from engine.plan.stages import stage_bounds
+from engine.runtime.flat import FlatOptimizer
 from engine.topology.grid import Grid
 from engine.train.kernels import choose_kernels
 from engine_kernels.reference.adamw import adamw_step
@@ -127,6 +130,38 @@ def small_steps(world: int) -> tuple[float, float, bool]:
     same = all(torch.equal(copies[name], value.bfloat16()) for name, value in run.weights().items())
     slots = {slot.kind: slot.values.dtype for slot in run.engine.state().slots}
     return losses[0], losses[-1], same and set(slots.values()) == {torch.bfloat16}
+
+
+class Made(TorchDispatchMode):
+    """Elements of the longest fp32 tensor that was made."""
+
+    longest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype is torch.float32:
+            self.longest = max(self.longest, out.numel())
+        return out
+
+
+def longest_in_fp32(words: list[str]) -> tuple[int, int]:
+    """Of the tensors that the flat optimizer makes at the start, and of the parameters of its larger group."""
+    made, whole = Made(), FlatOptimizer.__init__
+
+    def watched(self: FlatOptimizer, *args: Any, **options: Any) -> None:
+        with made:
+            whole(self, *args, **options)
+
+    with mock.patch.object(FlatOptimizer, "__init__", watched):
+        run = Run(load([*WORDS, *words]), 1, one_pass=True)
+    return made.longest, max(flat.numel() for flat in run.engine._ds.optimizer.bf16_groups_flat)
+
+
+def test_bf16_states_have_no_fp32_masters_not_even_at_the_start() -> None:
+    for words, share in ((["precision.states=bf16"], 0.0), ([], 1.0)):
+        ((longest, largest),) = run_ranks(longest_in_fp32, 1, (words,))
+        assert longest <= share * largest + 1, "a scalar is fp32 in both"
+        assert longest >= share * largest
 
 
 def test_bf16_states_learn() -> None:
