@@ -15,6 +15,7 @@ from engine.model.block import Block
 from engine.optim.flat_adamw import FlatAdamW
 from engine.plan.costs import block_parameters
 from engine.runtime.offload import offload_config, selective_optimizer
+from engine.runtime.stage3 import ALONE
 
 _PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
 """DeepSpeed's defaults, elements."""
@@ -51,6 +52,11 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     }
     if zero.stage == 3:
         config["zero_optimization"] |= _whole_blocks(cfg)
+    if has_own_stage3(cfg):
+        config["zero_optimization"] |= {
+            "contiguous_gradients": False,
+            "reduce_bucket_size": min(zero.bucket_elements, ALONE),
+        }
     if offloads(cfg):
         config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is OptimizerName.adamw
     if zero.offload_strategy is OffloadStrategy.zenflow:
@@ -104,6 +110,12 @@ def has_flat_state(cfg: Config) -> bool:
     """Whether `engine.runtime.flat` holds the state: where DeepSpeed has its `BF16_Optimizer`, and with a stream."""
     ours = cfg.zero.offload_optimizer is Offload.none or streams(cfg)
     return cfg.precision.dtype is DType.bf16 and cfg.zero.stage == 1 and ours
+
+
+def has_own_stage3(cfg: Config) -> bool:
+    """Whether `engine.runtime.stage3` has the gradients of ZeRO-3."""
+    zero = cfg.zero
+    return zero.stage == 3 and zero.offload_optimizer is Offload.none and zero.offload_params is Offload.none
 
 
 def sums_in_bf16(cfg: Config, ctx: ParallelContext, optimizer: object) -> bool:

@@ -19,9 +19,10 @@ from engine.config.enums import DType
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.runtime.ds_axes import Axes
-from engine.runtime.ds_config import deepspeed_config, overlaps, sums_in_bf16
+from engine.runtime.ds_config import deepspeed_config, has_own_stage3, overlaps, sums_in_bf16
 from engine.runtime.flat import FlatOptimizer
 from engine.runtime.host_step import Streamed
+from engine.runtime.stage3 import Stage3
 
 
 class Engine(DeepSpeedEngine):
@@ -63,6 +64,12 @@ class Engine(DeepSpeedEngine):
             dp_process_group=self.seq_data_parallel_group,
             grad_acc_dtype=torch.bfloat16 if sums_in_bf16(self._cfg, self._ctx, optimizer) else torch.float32,
         )
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        found = super()._configure_zero_optimizer(optimizer)
+        if has_own_stage3(self._cfg):
+            Stage3.take_over(found)
+        return found
 
     def backward_from(self, output: Tensor, gradient: Tensor | None) -> None:
         """Backward pass of one chunk for one micro-batch, with the optimizer's bookkeeping around it."""

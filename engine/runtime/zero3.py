@@ -26,6 +26,9 @@ class Partitioner:
         ds_comm.init_distributed(dist_init_required=False)
         self._dtype = DTYPES[cfg.precision.dtype]
         self._config, self._axes = deepspeed_config(cfg, ctx), axes
+        # A message for each parameter, straight to where it is used; a common one would be copied to its parts. Not in
+        # the engine's configuration, where it would end reading ahead.
+        self._config["zero_optimization"]["stage3_allgather_sequential"] = True
         self._disk: object | None = None
 
     def __call__(self, layer: nn.Module) -> nn.Module:
