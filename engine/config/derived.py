@@ -101,6 +101,17 @@ def offloads(cfg: Config) -> bool:
     return cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
 
 
+def has_own_stage3(cfg: Config) -> bool:
+    """Whether `engine.runtime.stage3` has the gradients of ZeRO-3."""
+    zero = cfg.zero
+    return zero.stage == 3 and zero.offload_optimizer is Offload.none and zero.offload_params is Offload.none
+
+
+def bucket_elements(cfg: Config) -> int:
+    """Elements of a common message of gradients; with `has_own_stage3` at most 4 Mi: larger gradients go alone."""
+    return min(cfg.zero.bucket_elements, 2**22) if has_own_stage3(cfg) else cfg.zero.bucket_elements
+
+
 def offload_share(cfg: Config) -> float:
     """Share of the optimizer state that is offloaded: `zero.offload_ratio`, or all; 0 without offload."""
     if cfg.zero.offload_optimizer is Offload.none:

@@ -1,4 +1,4 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314..319, 340..344, 346..349, 357..359, 379)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314, 316..319, 340..344, 346..349, 357..359, 379)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def zero_violations(cfg: Config, world_size: int, fits: Fits | None) -> list[Vio
 
 
 def memory_violations(cfg: Config) -> list[Violation]:
-    """Number formats and compilation (314..316, 359, 379), what is offloaded (317, 340..344) and how
+    """Number formats (314, 316, 359, 379), what is offloaded (317, 340..344) and how
     (318, 319, 346..349).
     """
     return [

@@ -125,7 +125,8 @@ class ZeroConfig:
     stage: int = 1
     """0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters. Pipelines allow 0 to 2."""
     bucket_elements: int = 200_000_000
-    """Elements in one collective of the ZeRO optimizers."""
+    """Elements in one collective of the ZeRO optimizers. Stage 3 without offload: in one of several gradients, at most
+    4 Mi; a larger gradient goes alone, straight from where it is."""
     overlap_comm: bool = True
     """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
     offload_optimizer: Offload = Offload.none

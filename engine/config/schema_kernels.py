@@ -13,13 +13,14 @@ class KernelsConfig:
 
     attention: Attention = Attention.auto
     loss: Kernel = Kernel.auto
-    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full; not under ZeRO-3,
-    which keeps the projection's weight away from the loss. `auto`: `triton` in bf16 on GPUs without tensor parallelism,
-    else `torch`."""
+    """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full; not for bert
+    under ZeRO-3, which keeps the projection's bias away from the loss. `auto`: `triton` in bf16 on GPUs without tensor
+    parallelism, else `torch`."""
     norm: Kernel = Kernel.auto
-    """LayerNorm and RMSNorm. `auto`: `triton` on GPUs where blocks are not compiled, else `torch`."""
+    """LayerNorm and RMSNorm. `auto`: `triton` on GPUs, in compiled blocks in bf16 without fp8, else `torch`."""
     rotary: Kernel = Kernel.auto
-    """Rotary positions of queries and keys, both in one launch with `triton`. `auto`: as for `norm`."""
+    """Rotary positions of queries and keys, both in one launch with `triton`. `auto`: `triton` on GPUs where
+    blocks are not compiled, else `torch`."""
     activation: Kernel = Kernel.auto
     """SwiGLU and GELU. `auto`: as for `norm`."""
     optimizer: Kernel = Kernel.auto

@@ -227,22 +227,23 @@ class Block(nn.Module):
 
     def _after(self, x_BLD: Tensor, o_BSD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
         """What comes after it, from the block's input and the core's output."""
-        feed = [self.mlp, self.mlp_norm, *([self.attention_norm] if self.post_norm else [])]
+        feed = [self.mlp, self.mlp_norm]
         attended_BLD = self._drop(self.attention.out(o_BSD), keys_BL, 0)
-        if self.parallel:
-            (fed_BLD,) = self._run(Tiles.mlp, "_feed", feed, x_BLD, None, keys_BL)
-            return (x_BLD + attended_BLD + fed_BLD,)
-        return self._run(Tiles.mlp, "_feed", feed, x_BLD, attended_BLD, keys_BL)
-
-    def _feed(self, x_BLD: Tensor, attended_BLD: Tensor | None, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
-        """The rest, from the block's input and the attention's output; of parallel sublayers the second one alone."""
-        if attended_BLD is None:
-            return (self._fed(self.mlp_norm(x_BLD), keys_BL),)
         if self.post_norm:
             y_BLD, _ = self.attention_norm.add(attended_BLD, x_BLD)
-            return (self.mlp_norm.add(self._fed(y_BLD, keys_BL), y_BLD)[0],)
+            return self._run(Tiles.mlp, "_feed", feed, y_BLD, keys_BL)
+        if self.parallel or self.wiring.tiles is Tiles.mlp:
+            s_BLD = x_BLD + attended_BLD
+            (fed_BLD,) = self._run(Tiles.mlp, "_feed", feed, x_BLD if self.parallel else s_BLD, keys_BL)
+            return (s_BLD + fed_BLD,)
         y_BLD, s_BLD = self.mlp_norm.add(attended_BLD, x_BLD)
         return (s_BLD + self._fed(y_BLD, keys_BL),)
+
+    def _feed(self, x_BLD: Tensor, keys_BL: Tensor | None) -> tuple[Tensor, ...]:
+        """The feed-forward with its norm; post-norm with its residual sum too."""
+        if self.post_norm:
+            return (self.mlp_norm.add(self._fed(x_BLD, keys_BL), x_BLD)[0],)
+        return (self._fed(self.mlp_norm(x_BLD), keys_BL),)
 
     def _fed(self, y_BLD: Tensor, keys_BL: Tensor | None) -> Tensor:
         return self._drop(self.mlp(y_BLD), keys_BL, _AFTER_MLP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypeVar
 
 import torch.nn.functional as F
@@ -89,5 +88,5 @@ class VocabParallelBias(nn.Module):
     def forward(self, logits_BSV: Logits) -> Logits:
         """This rank's columns of the logits, (B, S, padded / t), or what they would be made of."""
         if isinstance(logits_BSV, Projection):
-            return replace(logits_BSV, bias_V=self.weight)
+            return logits_BSV._replace(bias_V=self.weight)
         return logits_BSV + self.weight

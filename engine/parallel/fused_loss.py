@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from engine.parallel.cross_entropy import IGNORE
 from engine_kernels.ops import LinearCrossEntropyFn
 
 
-# Without slots, as ZeRO-3 looks into what modules return.
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """What logits would be made of: scale * x weight^T + bias. The head gives it in their place."""
+class Projection(NamedTuple):
+    """What logits would be made of: scale * x weight^T + bias. The head gives it in their place.
+
+    A tuple, in which ZeRO-3 finds the tensor whose gradient says that the loss is done with the weight.
+    """
 
     function: LinearCrossEntropyFn
     x_BSD: Tensor

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.config.derived import offload_share, padded_vocab, rotary_dim, streams, writes_checkpoints
+from engine.config.derived import (
+    bucket_elements,
+    has_own_stage3,
+    offload_share,
+    padded_vocab,
+    rotary_dim,
+    streams,
+    writes_checkpoints,
+)
 from engine.config.enums import DType, Kernel, Offload, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.plan.activations import activation_bytes, element_bytes, loss_bytes, working_bytes
@@ -58,10 +66,10 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     NVMe is in neither. Streamed state leaves the gradients on the device; host: r (fp32 weights and state, or with
     precision.states=bf16 weights e P and the half of the state, and with a delay fp32 gradients) / n.
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the two
-    largest neighbouring layers too, gathered. snapshot: fp32 weights and state, / n at every stage, where the run
-    writes checkpoints. Rotary angles are buffers too, fp32. activations: `activation_bytes` over the schedule, inputs:
-    those of it in host memory. logits: `loss_bytes` on the rank of the head. working: `working_bytes`, less the logits,
-    which are gone when blocks are differentiated.
+    largest neighbouring layers too, gathered, and without offload their gradients, made and reduced. Rotary angles are
+    buffers too, fp32. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
+    activations: `activation_bytes` over the schedule, inputs: those of it in host memory. logits: `loss_bytes` on the
+    rank of the head. working: `working_bytes`, less the logits, which are gone when blocks are differentiated.
     """
     zero, parallel = cfg.zero, cfg.parallel
     shards = world_size // (parallel.pp * parallel.tp)
@@ -157,7 +165,8 @@ def _buffer_elements(cfg: Config, shards: int, held: dict[str, int]) -> int:
     buckets = 2 if cfg.zero.overlap_comm and cfg.parallel.pp == 1 else 1
     layers = list(held.values())
     gathered = max(map(sum, zip(layers, [*layers[1:], 0], strict=True))) if cfg.zero.stage == 3 else 0
-    return buckets * min(cfg.zero.bucket_elements, sum(held.values())) + gathered
+    waiting = gathered if has_own_stage3(cfg) else 0
+    return buckets * min(bucket_elements(cfg), sum(held.values())) + gathered + waiting
 
 
 def _angle_bytes(cfg: Config) -> int:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def averages_well(x: Tensor, ranks: int) -> bool:
+    """Whether the backend of `x` averages itself, and rightly: NCCL multiplies by 1 / ranks, rounded to the dtype.
+
+    For three ranks and bf16 that would be 0.2 % too much.
+    """
+    return x.is_cuda and (x.dtype is torch.float32 or ranks & (ranks - 1) == 0)
 
 
 class Buckets:

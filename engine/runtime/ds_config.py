@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.derived import offloads, streams
+from engine.config.derived import bucket_elements, has_own_stage3, offloads, streams
 from engine.config.enums import DType, Offload, OffloadStrategy, OptimizerName
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -15,7 +15,6 @@ from engine.model.block import Block
 from engine.optim.flat_adamw import FlatAdamW
 from engine.plan.costs import block_parameters
 from engine.runtime.offload import offload_config, selective_optimizer
-from engine.runtime.stage3 import ALONE
 
 _PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
 """DeepSpeed's defaults, elements."""
@@ -27,7 +26,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     Clipping is off where Octant clips itself: see `engine.runtime.gradients`.
     """
     train, zero = cfg.train, cfg.zero
-    buckets = {"reduce_bucket_size": zero.bucket_elements, "allgather_bucket_size": zero.bucket_elements}
+    buckets = {"reduce_bucket_size": bucket_elements(cfg), "allgather_bucket_size": zero.bucket_elements}
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
     config: dict[str, Any] = {
@@ -38,7 +37,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": overlaps(cfg, ctx) and ctx.device.type == "cuda",
-            "contiguous_gradients": True,
+            "contiguous_gradients": not has_own_stage3(cfg),
             **buckets,
             **offload_config(cfg, ctx),
         },
@@ -52,11 +51,6 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     }
     if zero.stage == 3:
         config["zero_optimization"] |= _whole_blocks(cfg)
-    if has_own_stage3(cfg):
-        config["zero_optimization"] |= {
-            "contiguous_gradients": False,
-            "reduce_bucket_size": min(zero.bucket_elements, ALONE),
-        }
     if offloads(cfg):
         config["zero_force_ds_cpu_optimizer"] = cfg.optim.name is OptimizerName.adamw
     if zero.offload_strategy is OffloadStrategy.zenflow:
@@ -110,12 +104,6 @@ def has_flat_state(cfg: Config) -> bool:
     """Whether `engine.runtime.flat` holds the state: where DeepSpeed has its `BF16_Optimizer`, and with a stream."""
     ours = cfg.zero.offload_optimizer is Offload.none or streams(cfg)
     return cfg.precision.dtype is DType.bf16 and cfg.zero.stage == 1 and ours
-
-
-def has_own_stage3(cfg: Config) -> bool:
-    """Whether `engine.runtime.stage3` has the gradients of ZeRO-3."""
-    zero = cfg.zero
-    return zero.stage == 3 and zero.offload_optimizer is Offload.none and zero.offload_params is Offload.none
 
 
 def sums_in_bf16(cfg: Config, ctx: ParallelContext, optimizer: object) -> bool:

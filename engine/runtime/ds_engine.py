@@ -14,12 +14,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from engine.config.derived import offload_share, streams
+from engine.config.derived import has_own_stage3, offload_share, streams
 from engine.config.enums import DType
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.runtime.ds_axes import Axes
-from engine.runtime.ds_config import deepspeed_config, has_own_stage3, overlaps, sums_in_bf16
+from engine.runtime.ds_config import deepspeed_config, overlaps, sums_in_bf16
 from engine.runtime.flat import FlatOptimizer
 from engine.runtime.host_step import Streamed
 from engine.runtime.stage3 import Stage3

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
-from engine.runtime.buckets import Buckets
+from engine.runtime.buckets import Buckets, averages_well
 from engine.runtime.gradients import counts
 from engine.runtime.host_step import HostStep, Part, Streamed
 from engine_kernels.ops import accumulation
@@ -78,7 +78,7 @@ class FlatOptimizer(BF16_Optimizer):
                 [parameter.numel() for parameter in self.bf16_groups[self._largest]],
                 self.dp_process_group,
                 bucket_elements,
-                average=ctx.device.type == "cuda",
+                average=averages_well(self.fp32_groups_gradients_flat[self._largest], ctx.reduce.size),
             )
         self._runs: list[list[tuple[int, int]]] | None = None
         self._finite: Tensor | None = None
@@ -118,14 +118,15 @@ class FlatOptimizer(BF16_Optimizer):
                     total.zero_()
         if self._ctx.reduce.size == 1:
             return
-        average = self._ctx.device.type == "cuda"
         for index, (whole, mine) in enumerate(
             zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True)
         ):
+            average = averages_well(whole, self._ctx.reduce.size)
             if self._buckets is not None and index == self._largest:
                 self._buckets.finish()
-            elif average:
-                dist.reduce_scatter_tensor(mine, whole, op=dist.ReduceOp.AVG, group=self.dp_process_group)
+            elif whole.is_cuda:
+                operation = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+                dist.reduce_scatter_tensor(mine, whole, op=operation, group=self.dp_process_group)
             else:
                 dist.all_reduce(whole, group=self.dp_process_group)
             if not average:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from engine.runtime.buckets import averages_well
 from engine_kernels.ops import accumulation
 
-ALONE = 2**22
-"""Elements from which on a gradient is reduced alone, without a copy: smaller ones share a message."""
+_UNDER_WAY = 12
+"""Reductions that the host may have launched and not seen done: those of two blocks, so that it stays a block ahead."""
 
 
 class Stage3(DeepSpeedZeroOptimizer_Stage3):
@@ -31,6 +32,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     def take_over(cls, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
         """Make `optimizer` one of this class, in place; not of one that offloads."""
         optimizer.__class__ = cls
+        optimizer.max_param_reduce_events = _UNDER_WAY
         optimizer._accumulate = accumulation(optimizer.fp16_groups[0][0].ds_tensor.device)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 -- its name there, a private one
@@ -48,10 +50,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             return found
         whole = gradient.contiguous().view(-1)
         mine = whole.new_empty(whole.numel() // ranks)
-        if whole.is_cuda:
-            dist.reduce_scatter_tensor(mine, whole, op=dist.ReduceOp.AVG, group=group)
-        else:
-            dist.reduce_scatter_tensor(mine, whole.div_(ranks), group=group)
+        average = averages_well(whole, ranks)
+        operation = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+        dist.reduce_scatter_tensor(mine, whole if average else whole.div_(ranks), op=operation, group=group)
         return [mine]
 
     def partition_grads(self, params_to_release: Sequence[Any], grad_partitions: Sequence[Tensor]) -> None:

@@ -34,7 +34,7 @@ def _attention_supports(s: Situation) -> str | None:
 
 def _loss_supports(s: Situation) -> str | None:
     if s.gathered:
-        return "reads weights of other layers in the loss, and ZeRO-3 gathers them for those layers alone"
+        return "reads weights of several layers in the loss, as bert's do, and ZeRO-3 lends it those of one"
     return _supports(s)
 
 

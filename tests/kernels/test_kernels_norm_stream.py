@@ -40,12 +40,12 @@ def test_a_stream_is_read_on_beside_its_norm(
     for residual in (None, given["residual"]):
         grads = []
         for call in (partial(fn, norms=NORMS[name], kind=kind), partial(torch_norm_and_sum, kind=kind)):
-            leaves = {key: given[key].clone().requires_grad_() for key in ("x", "weight_D")}
+            leaves = {key: given[key].clone().requires_grad_() for key in ("x", "weight_D", "bias_D") if key in given}
             if residual is not None:
                 leaves["residual"] = residual.clone().requires_grad_()
-            y, s = call(leaves["x"], leaves["weight_D"], given.get("bias_D"), residual=leaves.get("residual"))
+            y, s = call(leaves["x"], leaves["weight_D"], leaves.get("bias_D"), residual=leaves.get("residual"))
             outputs = {"y": (y,), "s": (s,), "both": (y, s)}[used]
-            wanted = [leaf for key, leaf in leaves.items() if used != "s" or key != "weight_D"]
+            wanted = [leaf for key, leaf in leaves.items() if used != "s" or key not in ("weight_D", "bias_D")]
             weights = (given["ds"], given["dy"])[: len(outputs)]
             grads.append((y, s, *torch.autograd.grad(outputs, wanted, weights)))
         for mine, theirs in zip(*grads, strict=True):

@@ -116,8 +116,8 @@ def test_a_warned_job_is_put_back_and_ends_with_the_same_losses(slurm: Slurm, ex
     reached(slurm, "warned", 3)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     slurm.until("its way back into the queue", lambda: slurm.state(job) == "PENDING", 60)
-    # Slurm waits two minutes before it starts a job again.
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    # Slurm waits two minutes before it starts a job again; in the same second nodes still end what ran there.
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     slurm.until("a second start", lambda: slurm.state(job) == "RUNNING", 60)
     (stopped_at,) = saved(slurm, "warned")
     assert 3 <= stopped_at < STEPS

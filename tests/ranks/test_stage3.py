@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import stage3 as theirs
 
+from engine.config import derived
 from engine.config.load import load
 from engine.runtime import ds_config, ds_engine
 from engine.runtime.stage3 import Stage3
@@ -24,7 +25,7 @@ def trained(words: list[str], ours: bool, refuse: bool) -> tuple[list[tuple[floa
     """Losses and norms of three steps, weights after them, and the optimizer's class."""
     with ExitStack() as stack:
         if not ours:
-            for module in (ds_config, ds_engine):
+            for module in (derived, ds_config, ds_engine):
                 stack.enter_context(mock.patch.object(module, "has_own_stage3", lambda cfg: False))
         if refuse:
             copying = AssertionError("gradients were copied together")
@@ -38,8 +39,7 @@ def both(words: list[str], alone: bool) -> list[Any]:
     return [trained(words, ours=True, refuse=alone), trained(words, ours=False, refuse=False)]
 
 
-@pytest.mark.parametrize("words", [[], ["precision=fp32"]], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("words", "alone"), [([], True), (["precision=fp32"], False)], ids=["bf16", "fp32"])
 def test_the_bits_are_deepspeeds(words: list[str], alone: bool) -> None:
     size = "zero.bucket_elements=1" if alone else "zero.bucket_elements=100000"
     for (curve, weights, kind), (expected, others, other) in run_ranks(both, 2, ([*words, size], alone), timeout_s=200):

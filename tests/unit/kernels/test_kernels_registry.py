@@ -120,7 +120,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LATER = "is taken when asked for: whole training steps are measured in bf16 alone, with uncut vocabularies"
 FUSES = "torch.compile fuses torch's with what stands around it"
-ZERO3 = "reads weights of other layers in the loss, and ZeRO-3 gathers them for those layers alone"
+ZERO3 = "reads weights of several layers in the loss, as bert's do, and ZeRO-3 lends it those of one"
 ALONE = "is launched for each parameter alone, where torch steps many at once"
 
 

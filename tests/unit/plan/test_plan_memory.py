@@ -290,4 +290,6 @@ def test_buckets_are_no_larger_than_what_they_hold() -> None:
     assert memory(make(), 1, 0).buffers == 0
     assert memory(make(), 2, 0).buffers == 2 * 4 * count
     assert memory(make(zero__bucket_elements=100, zero__overlap_comm=False), 2, 0).buffers == 400
-    assert memory(make(zero__bucket_elements=100, zero__stage=3), 2, 0).buffers == 4 * (2 * 100 + 2 * 28272)
+    assert memory(make(zero__bucket_elements=100, zero__stage=3), 2, 0).buffers == 4 * (2 * 100 + 4 * 28272)
+    offloaded = make(zero__bucket_elements=100, zero__stage=3, zero__offload_optimizer=Offload.cpu)
+    assert memory(offloaded, 2, 0).buffers == 4 * (2 * 100 + 2 * 28272)

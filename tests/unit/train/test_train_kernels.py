@@ -140,7 +140,7 @@ def test_what_is_said_of_fp8() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_zero_and_offload_decide_on_loss_and_optimizer() -> None:
-    with pytest.raises(ConfigError, match="reads weights of other layers in the loss, and ZeRO-3 gathers them for"):
+    with pytest.raises(ConfigError, match="reads weights of several layers in the loss, as bert's do"):
         names(make(zero__stage=3, kernels__loss=Kernel.triton, model__family=Family.bert))
     asked = names(llama(zero__stage=3, kernels__optimizer=Kernel.triton))
     assert (asked["loss"], asked["optimizer"]) == ("triton", "triton")
@@ -179,7 +179,7 @@ def test_a_kernel_that_cannot_run_here_is_refused(option: str, monkeypatch: pyte
         (
             "loss",
             {"zero__stage": 3, "model__family": Family.bert},
-            "reads weights of other layers in the loss, and ZeRO-3 gathers them for those layers alone",
+            "reads weights of several layers in the loss, as bert's do, and ZeRO-3 lends it those of one",
         ),
         ("optimizer", {"optim__name": OptimizerName.sgd}, "steps by adamw, not by sgd"),
         (
