@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine_kernels.reference.norm import check_norm
-from engine_kernels.triton.norm import backward, check_width, forward
-from engine_kernels.triton.rows import require_triton
+from engine_kernels.triton.norm import backward, check, forward
 
 
 @torch.library.custom_op("octant::layer_norm", mutates_args=())
@@ -109,12 +107,6 @@ class _Beside(torch.autograd.Function):
         return dx, dvectors[0], dvectors[1] if ctx.vectors == 2 else None, None
 
 
-def _check(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None) -> None:
-    check_norm(x, weight_D, bias_D, residual)
-    require_triton("x", x)
-    check_width(x)
-
-
 def layer_norm(
     x: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -134,9 +126,9 @@ def layer_norm(
         (..., D) in the dtype of `x`; with `residual` also s = x + residual. Contiguous.
 
     Raises:
-        ValueError: see `check_norm`, `check_width` and `require_triton`.
+        ValueError: see `engine_kernels.triton.norm.check`.
     """
-    _check(x, residual, weight_D, bias_D)
+    check(x, weight_D, bias_D, residual)
     if residual is None:
         return _layer_norm(x, weight_D, bias_D, eps)[0]
     return _add_layer_norm(x, residual, weight_D, bias_D, eps)[:2]
@@ -152,5 +144,5 @@ def add_layer_norm(
     """
     if residual is not None:
         return layer_norm(x, weight_D, bias_D, eps=eps, residual=residual)  # type: ignore[return-value]  # a pair
-    _check(x, None, weight_D, bias_D)
+    check(x, weight_D, bias_D, None)
     return _Beside.apply(x, weight_D, bias_D, eps)  # type: ignore[no-any-return]

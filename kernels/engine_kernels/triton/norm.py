@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_kernels.triton.rows import as_rows, load_tile, multiprocessors, store_tile, sum_partials
+from engine_kernels.reference.norm import check_norm
+from engine_kernels.triton.rows import (
+    as_rows,
+    load_tile,
+    multiprocessors,
+    require_triton,
+    store_tile,
+    sum_partials,
+)
 
 WIDEST = 16384
 """Channels that a program keeps in registers."""
@@ -134,12 +142,14 @@ def _backward_kernel(
         tl.store(out + D, tl.sum(dbias, axis=0), mask=col < D)
 
 
-def check_width(x: Tensor) -> None:
-    """Refuse rows that no program can hold.
+def check(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual: Tensor | None) -> None:
+    """Refuse what these kernels do not take.
 
     Raises:
-        ValueError: `x` has more than `WIDEST` channels.
+        ValueError: see `check_norm` and `require_triton`, or `x` has more than `WIDEST` channels.
     """
+    check_norm(x, weight_D, bias_D, residual)
+    require_triton("x", x)
     if x.shape[-1] > WIDEST:
         raise ValueError(f"x has {x.shape[-1]} channels: Triton's normalisations take up to {WIDEST}")
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine_kernels.reference.norm import check_norm
-from engine_kernels.triton.norm import backward, check_width, forward
-from engine_kernels.triton.rows import require_triton
+from engine_kernels.triton.norm import backward, check, forward
 
 
 @torch.library.custom_op("octant::rms_norm", mutates_args=())
@@ -96,12 +94,6 @@ class _Beside(torch.autograd.Function):
         return dx, dweight_1D[0], None
 
 
-def _check(x: Tensor, residual: Tensor | None, weight_D: Tensor) -> None:
-    check_norm(x, weight_D, None, residual)
-    require_triton("x", x)
-    check_width(x)
-
-
 def rms_norm(
     x: Tensor, weight_D: Tensor, *, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -120,9 +112,9 @@ def rms_norm(
         (..., D) in the dtype of `x`; with `residual` also s = x + residual. Contiguous.
 
     Raises:
-        ValueError: see `check_norm`, `check_width` and `require_triton`.
+        ValueError: see `engine_kernels.triton.norm.check`.
     """
-    _check(x, residual, weight_D)
+    check(x, weight_D, None, residual)
     if residual is None:
         return _rms_norm(x, weight_D, eps)[0]
     return _add_rms_norm(x, residual, weight_D, eps)[:2]
@@ -136,5 +128,5 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, *, eps: f
     """
     if residual is not None:
         return rms_norm(x, weight_D, eps=eps, residual=residual)  # type: ignore[return-value]  # a pair, as it has one
-    _check(x, None, weight_D)
+    check(x, weight_D, None, None)
     return _Beside.apply(x, weight_D, eps)  # type: ignore[no-any-return]
