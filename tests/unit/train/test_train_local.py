@@ -145,15 +145,18 @@ def test_the_first_failure_ends_all_and_is_the_jobs(code: str, found: int, monke
 
 
 def test_sigterm_reaches_every_rank() -> None:
-    code = "signal.signal(signal.SIGTERM, lambda *a: sys.exit(75))\nprint(rank, flush=True)\ntime.sleep(60)"
+    # One write: the ranks share the pipe, and `print` writes a line and its end apart where output is unbuffered.
+    code = (
+        "import os, sys, time, signal\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(75))\n"
+        "os.write(1, b'up\\n')\ntime.sleep(60)"
+    )
     program = (
         "import os, sys\nfrom engine.train import local\n"
-        f"words = [sys.executable, '-c', {'import os, sys, time, signal' + chr(10) + 'rank = 1' + chr(10) + code!r}]\n"
-        "sys.exit(local.supervise(words, [dict(os.environ)] * 3))"
+        f"sys.exit(local.supervise([sys.executable, '-c', {code!r}], [dict(os.environ)] * 3))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(3)] == ["1\n"] * 3
+    assert [process.stdout.readline() for _ in range(3)] == ["up\n"] * 3
     process.terminate()
     assert process.wait(30) == 75
 
@@ -178,10 +181,10 @@ def test_a_warning_during_the_start_is_kept_and_passed_on(monkeypatch: pytest.Mo
 
 
 def test_ranks_end_with_the_process_that_started_them() -> None:
+    code = "import os, time\nos.write(1, b'%d\\n' % os.getpid())\ntime.sleep(60)"
     program = (
         "import os, sys\nfrom engine.train import local\n"
-        "words = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']\n"
-        "local.supervise(words, [dict(os.environ)] * 2)"
+        f"local.supervise([sys.executable, '-c', {code!r}], [dict(os.environ)] * 2)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
