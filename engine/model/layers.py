@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +85,6 @@ def logical_tensors(layers: Sequence[LayerDef]) -> dict[str, LogicalTensor]:
                 for parameter in name_parameters(layer.name, layer.factory()):
                     found[logical_of(parameter).name] = logical_of(parameter)
     return found
-
-
-AHEAD = 16
-"""Layers of random weights that are made at a time, at most."""
-_AHEAD_OF_CUTS = 2
-"""The same where each is converted at once, which may be so because memory is short."""
 
 
 class Stack(nn.Module):
@@ -178,8 +170,7 @@ def build_stacks(
     """
     owners = {layer.name: owner_of(layers, layer).name for start, end in spans for layer in layers[start:end]}
     first = {owner: next(layer for layer in layers if owners.get(layer.name) == owner) for owner in owners.values()}
-    ahead = (AHEAD if convert is _as_it_is else _AHEAD_OF_CUTS) if isinstance(initial, RandomWeights) else 1
-    built = {owner: convert(module) for owner, module in _materialized(first, initial, tp, ahead)}
+    built = {owner: convert(materialize(owner, layer, initial, tp=tp)) for owner, layer in first.items()}
     return [
         Stack(
             layers[start:end],
@@ -190,21 +181,3 @@ def build_stacks(
         )
         for start, end in spans
     ]
-
-
-def _materialized(
-    layers: Mapping[str, LayerDef], initial: InitialWeights, tp: AxisGroup, ahead: int
-) -> Iterator[tuple[str, nn.Module]]:
-    """Owner's name and module of each layer, in order. Random numbers of the next few are drawn meanwhile.
-
-    torch draws a tensor with one thread, which takes minutes for a model of billions of parameters.
-    """
-    with ThreadPoolExecutor(min(ahead, torch.get_num_threads())) as pool:
-        waiting: deque[tuple[str, Future[nn.Module]]] = deque()
-        for name, layer in layers.items():
-            waiting.append((name, pool.submit(materialize, name, layer, initial, tp=tp)))
-            if len(waiting) >= ahead:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for name, future in waiting:
-            yield name, future.result()

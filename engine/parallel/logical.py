@@ -6,8 +6,11 @@ statistics speak of logical tensors only.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +21,9 @@ from engine.dist.rng import stream_seed
 Role = Literal["", "matrix", "embedding", "head", "vector"]
 """What optimizers and muP tell apart: matrices between hidden layers, tables looked up (also when they are the tied
 output projection), output projections, and norms and biases."""
+
+_PIECE = 1 << 22
+"""Elements that one generator draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,18 @@ class LogicalTensor:
         """The initial value, fp32 on the CPU, of shape `shape`: a function of `seed` and `name` alone."""
         if self.init_std is None:
             return torch.full(self.shape, self.init_value)
-        generator = torch.Generator().manual_seed(stream_seed(seed, "init", self.name))
-        return torch.empty(self.shape).normal_(0.0, self.init_std, generator=generator)
+        value = torch.empty(self.shape)
+        pieces = value.view(-1).split(_PIECE)
+        seeds = [stream_seed(seed, "init", self.name, *([index] if index else [])) for index in range(len(pieces))]
+        fill = partial(_fill, std=self.init_std)
+        # A generator gives its numbers one after the other: a minute and more for billions of parameters.
+        with ThreadPoolExecutor(min(len(pieces), torch.get_num_threads())) as pool:
+            deque(pool.map(fill, pieces, seeds), maxlen=0)
+        return value
+
+
+def _fill(piece: Tensor, seed: int, std: float) -> None:
+    piece.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
 
 
 def logical_of(parameter: nn.Parameter) -> LogicalTensor:

@@ -17,8 +17,8 @@ from engine.runtime.ds_config import deepspeed_config
 class Partitioner:
     """Cuts layer after layer over the ranks that share parameters (ZeRO-Infinity, arXiv 2104.07857, section 7.2).
 
-    A rank then holds its part of every layer and one layer whole, on its device and in the dtype of the run; in host
-    memory at most two in fp32. With `zero.offload_params` the parts go straight to host memory or NVMe. Parameters keep
+    A rank then holds its part of every layer and one layer whole, on its device in the dtype of the run and in host
+    memory in fp32. With `zero.offload_params` the parts go straight to host memory or NVMe. Parameters keep
     their attributes; weights are those of the first of the ranks. Collective.
     """
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,23 @@ def test_a_draw_has_the_asked_standard_deviation_whatever_the_cut() -> None:
     assert float(value.std()) == pytest.approx(0.02, rel=0.01)
     assert abs(float(value.mean())) < 4 * 0.02 / 100_000**0.5
     assert torch.equal(LogicalTensor((400, 250), dim=0, padded=512, init_std=0.02, name="w").draw(5), value)
+
+
+def test_a_large_draw_is_made_by_threads_and_does_not_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.parallel.logical._PIECE", 1000)
+    large = LogicalTensor((70, 50), init_std=1.0, name="w")
+    values = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        values.append(large.draw(5))
+    assert torch.equal(*values)
+    pieces = values[0].view(-1).split(1000)
+    assert [len(piece) for piece in pieces] == [1000, 1000, 1000, 500]
+    for first, second in itertools.combinations(pieces, 2):
+        # Of independent pieces, the correlation has a standard error of 1 / sqrt(n).
+        assert abs(float((first[: len(second)] * second).mean())) < 4 / len(second) ** 0.5
+    small = LogicalTensor((20, 50), init_std=1.0, name="w")
+    assert torch.equal(small.draw(5).view(-1), pieces[0]), "one piece has the tensor's own seed"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
