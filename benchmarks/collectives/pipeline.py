@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.rows import append, row
-from engine.config.enums import PipelineTransport
+from engine.config.enums import Transport
 from engine.config.load import config_hash, load
 from engine.dist.spawn import run_ranks
 from engine.runtime.channels import Incoming
@@ -131,7 +131,7 @@ def measure(words: list[str], rounds: int) -> dict[str, list[float]]:
     assert isinstance(engine, PipelineRunner)
     systems: dict[str, Any] = {"alone": Alone(), "nccl": engine.training.channels}
     if dist.get_backend() == "nccl":
-        cfg.parallel.pipeline_transport = PipelineTransport.copy_engine
+        cfg.parallel.pipeline_transport = Transport.copy_engine
         systems["copy_engine"] = open_messages(cfg, engine.ctx, program_of(cfg))
     size = global_batch(cfg, engine.ctx)
     found: dict[str, list[float]] = {system: [] for system in systems}

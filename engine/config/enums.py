@@ -98,8 +98,8 @@ class PipelineSchedule(StrEnum):
     dualpipev = "dualpipev"
 
 
-class PipelineTransport(StrEnum):
-    """How messages travel between pipeline stages: by NCCL's sends and receives (on CPUs gloo's), or by copy engines.
+class Transport(StrEnum):
+    """How numbers travel between ranks: by NCCL's kernels (on CPUs gloo's), or by copy engines.
 
     Copy engines move them between GPUs of one host and take no multiprocessors, also while a message waits.
     """

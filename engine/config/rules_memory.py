@@ -1,9 +1,9 @@
-"""Rules for ZeRO, number formats and offload (codes 208, 314, 316..319, 340..344, 346..349, 357..359, 379)."""
+"""Rules for ZeRO, number formats and offload (codes 208, 314, 316..320, 340..344, 346..349, 357..359, 379)."""
 
 from __future__ import annotations
 
 from engine.config.derived import can_stream, streams
-from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName
+from engine.config.enums import Device, DType, Offload, OffloadStrategy, OptimizerName, Transport
 from engine.config.layout import Fits, legal_layouts, typed
 from engine.config.rules_parallel import PIPELINE_ZERO
 from engine.config.schema import Config
@@ -35,12 +35,17 @@ def zero_violations(cfg: Config, world_size: int, fits: Fits | None) -> list[Vio
 
 
 def memory_violations(cfg: Config) -> list[Violation]:
-    """Number formats (314, 316, 359, 379), what is offloaded (317, 340..344) and how
+    """Number formats (314, 316, 359, 379), how parameters are gathered (320), what is offloaded (317, 340..344) and how
     (318, 319, 346..349).
     """
     return [
         Violation(code=code, option=option, value=value, rule=rule, way_out=way_out)
-        for broken, code, option, value, rule, way_out in (*_formats(cfg), *_offload(cfg), *_strategy(cfg))
+        for broken, code, option, value, rule, way_out in (
+            *_formats(cfg),
+            _gather(cfg),
+            *_offload(cfg),
+            *_strategy(cfg),
+        )
         if broken
     ]
 
@@ -95,6 +100,20 @@ def _states(cfg: Config) -> list[_Row]:
         rule = "master weights and moments are fp32 or bf16; fp16 would lose small moments"
     broken = states is DType.fp16 or (states is DType.bf16 and bool(wrong))
     return [(broken, 379, "precision.states", states, rule, "Use precision.states=fp32")]
+
+
+def _gather(cfg: Config) -> _Row:
+    zero = cfg.zero
+    wrong = {
+        f"zero.stage={zero.stage}": zero.stage != 3,
+        f"zero.offload_params={zero.offload_params}": zero.offload_params is not Offload.none,
+        f"zero.offload_optimizer={zero.offload_optimizer}": zero.offload_optimizer is not Offload.none,
+        f"train.device={cfg.train.device}": cfg.train.device is Device.cpu,
+    }
+    here = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
+    rule = f"copy engines read the parts that stage 3 keeps on other GPUs, without offload, and here is {here}"
+    broken = zero.gather is Transport.copy_engine and bool(here)
+    return broken, 320, "zero.gather", zero.gather, rule, "Use zero.gather=auto"
 
 
 def _offload(cfg: Config) -> list[_Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.config.derived import ffn_size, kv_heads, parts_per_rank, sequence_multiple
-from engine.config.enums import Device, PipelineSchedule, PipelineTransport, TpOverlap
+from engine.config.enums import Device, PipelineSchedule, TpOverlap, Transport
 from engine.config.layout import Fits, legal_tp, nearest_layouts
 from engine.config.schema import Config, ModelConfig, ParallelConfig
 from engine.errors import Violation
@@ -149,7 +149,7 @@ def _sequence_and_context(cfg: Config, near: str) -> list[_Row]:
 def _copy_engines(cfg: Config) -> list[_Row]:
     """Rules 230 and 231."""
     parallel, cpu, why = cfg.parallel, cfg.train.device is Device.cpu, "copy engines are GPUs', and train.device is cpu"
-    copies = parallel.pipeline_transport is PipelineTransport.copy_engine
+    copies = parallel.pipeline_transport is Transport.copy_engine
     return [
         (
             cpu and parallel.tp_overlap is TpOverlap.symmetric,

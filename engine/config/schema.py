@@ -19,11 +19,11 @@ from engine.config.enums import (
     OffloadStrategy,
     OptimizerName,
     PipelineSchedule,
-    PipelineTransport,
     Positions,
     ScheduleName,
     SentenceHead,
     TpOverlap,
+    Transport,
     WandbMode,
 )
 from engine.config.schema_checkpoint import CheckpointConfig
@@ -112,7 +112,7 @@ class ParallelConfig:
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     virtual_stages: int = 1
     """Parts of the model on one pipeline rank when `schedule` is interleaved (arXiv 2104.04473, section 2.2)."""
-    pipeline_transport: PipelineTransport = PipelineTransport.auto
+    pipeline_transport: Transport = Transport.auto
     """How messages between stages travel. auto: nccl."""
     balance: Balance = Balance.flops
     """Cost that the pipeline stages share evenly."""
@@ -129,6 +129,9 @@ class ZeroConfig:
     4 Mi; a larger gradient goes alone, straight from where it is."""
     overlap_comm: bool = True
     """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
+    gather: Transport = Transport.auto
+    """How stage 3 gathers a block's parameters. copy_engine: each rank reads the others' parts itself, without waiting
+    for them to send (GPUs of one host, parameters not offloaded). auto: nccl."""
     offload_optimizer: Offload = Offload.none
     """Keep optimizer state and fp32 weights in host memory and step there, or on NVMe (stage 3)."""
     offload_params: Offload = Offload.none

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.config.enums import Device, DType, PipelineTransport, TpOverlap
+from engine.config.enums import Device, DType, Transport, TpOverlap
 from engine.config.launch_env import LaunchEnv
 from engine.config.schema import ParallelConfig
 from engine.errors import LaunchError
@@ -83,7 +83,7 @@ def order_launches(parallel: ParallelConfig, zero_stage: int) -> None:
 
     What the user has set stays. Called before CUDA is first used.
     """
-    if parallel.pp > 1 and parallel.pipeline_transport is PipelineTransport.copy_engine:
+    if parallel.pp > 1 and parallel.pipeline_transport is Transport.copy_engine:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     alone = parallel.pp == 1 and zero_stage < 3
     if parallel.tp > 1 and alone and parallel.tp_overlap in (TpOverlap.auto, TpOverlap.chunked):

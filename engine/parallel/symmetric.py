@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,34 @@ def require_mapped(axis: AxisGroup, device: torch.device, option: str, value: st
         where = ", ".join(sorted(set(hosts)))
         rule = f"GPUs map each other's memory inside a host, and these {axis.size} ranks are on {where}"
         raise LaunchError.of(515, option, value, rule, f"Use {option}={instead}")
+
+
+class Mapped:
+    """A 1-D tensor of equal size on every rank of `axis`, each of which maps those of all. Collective.
+
+    Attributes:
+        tensors: (elements,) of each rank, in rank order. Copies between two of them are copy engines' work.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, axis: AxisGroup) -> None:
+        own = library().empty(elements, dtype=dtype, device=device)
+        self.memory: Any = library().rendezvous(own, axis.group)
+        self.tensors: list[Tensor] = [
+            own if rank == axis.rank else self.memory.get_buffer(rank, (elements,), dtype) for rank in range(axis.size)
+        ]
+        _sizes[self] = own.nbytes
+
+    def meet(self) -> None:
+        """Let the current stream wait for those of all ranks."""
+        self.memory.barrier()
+
+
+_sizes: WeakKeyDictionary[Mapped, int] = WeakKeyDictionary()
+
+
+def mapped_bytes() -> int:
+    """What this rank holds in `Mapped`, of which torch's allocator does not know."""
+    return sum(_sizes.values())
 
 
 def start_all_gather(rows: Tensor, group: str) -> Callable[[], Tensor]:

@@ -15,13 +15,15 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from engine.config.derived import has_own_stage3, offload_share, streams
-from engine.config.enums import DType
+from engine.config.enums import DType, Transport
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
+from engine.parallel.symmetric import Mapped, require_mapped
 from engine.runtime.ds_axes import Axes
 from engine.runtime.ds_config import deepspeed_config, overlaps, sums_in_bf16
 from engine.runtime.flat import FlatOptimizer
 from engine.runtime.host_step import Streamed
+from engine.runtime.mapped_shards import MappedShards
 from engine.runtime.stage3 import Stage3
 
 
@@ -69,7 +71,23 @@ class Engine(DeepSpeedEngine):
         found = super()._configure_zero_optimizer(optimizer)
         if has_own_stage3(self._cfg):
             Stage3.take_over(found)
+            self._map_shards(found)
         return found
+
+    def _map_shards(self, optimizer: Stage3) -> None:
+        """Let copy engines gather parameters if `zero.gather` says so. Collective.
+
+        Raises:
+            LaunchError: see `require_mapped`.
+        """
+        replicas, old = self._ctx.reduce, optimizer.lp_param_buffer
+        if self._cfg.zero.gather is not Transport.copy_engine or replicas.size == 1:
+            return
+        require_mapped(replicas, self._ctx.device, "zero.gather", "copy_engine", "nccl")
+        memory = Mapped(old.numel(), old.dtype, old.device, replicas)
+        shards = optimizer.shards = MappedShards(optimizer, memory, replicas.rank)
+        # Before DeepSpeed's hook, which may gather already.
+        self.module.register_forward_pre_hook(lambda *_: shards.before_reading(), prepend=True)
 
     def backward_from(self, output: Tensor, gradient: Tensor | None) -> None:
         """Backward pass of one chunk for one micro-batch, with the optimizer's bookkeeping around it."""
@@ -109,9 +127,14 @@ class Engine(DeepSpeedEngine):
             self.allreduce_gradients()
 
     def settle(self) -> None:
-        """Before weights or state are read: wait for a step that goes on in host memory. Collective."""
+        """Before weights or state are read, or state is written.
+
+        Waits for a step that goes on in host memory, and for ranks that read this one's parts. Collective.
+        """
         if isinstance(self.optimizer, FlatOptimizer):
             self.optimizer.settle()
+        elif isinstance(self.optimizer, Stage3) and self.optimizer.shards is not None:
+            self.optimizer.shards.before_writing()
 
     def update(self) -> None:
         """Step the optimizer and drop the gradients."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.dist.context import AxisGroup
 from engine.errors import LaunchError
-from engine.parallel.symmetric import library
+from engine.parallel.symmetric import Mapped, library
 from engine.topology.in_flight import Channel, in_flight
 from engine.topology.program import Op, OpKind, Program
 
@@ -147,9 +147,8 @@ class SymmetricBoxes:
     def __init__(self, axis: AxisGroup, count: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rank, self._ranks, self._count, self._elements = axis.rank, axis.size, count, elements
         self._held: list[tuple[torch.cuda.Event, Tensor]] = []
-        self._memory: Any = library().rendezvous(
-            library().empty(count * elements, dtype=dtype, device=device), axis.group
-        )
+        self._mapped = Mapped(count * elements, dtype, device, axis)
+        self._memory: Any = self._mapped.memory
         require_flags(count, axis.size, self._memory.signal_pad_size)
         self._out: defaultdict[tuple[int, int], torch.cuda.Stream] = defaultdict(
             lambda: torch.cuda.Stream(device, priority=-1)

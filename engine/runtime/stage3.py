@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from engine.runtime.buckets import averages_well
+from engine.runtime.mapped_shards import MappedShards
 from engine_kernels.ops import accumulation
 
 _UNDER_WAY = 12
@@ -26,7 +27,12 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's optimizer, whose layout, state and hooks it keeps, with other ways for gradients.
 
     Made of one that DeepSpeed has built, since DeepSpeed names the class itself.
+
+    Attributes:
+        shards: where the parameters' parts are if other ranks map them.
     """
+
+    shards: MappedShards | None
 
     @classmethod
     def take_over(cls, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -34,6 +40,13 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         optimizer.__class__ = cls
         optimizer.max_param_reduce_events = _UNDER_WAY
         optimizer._accumulate = accumulation(optimizer.fp16_groups[0][0].ds_tensor.device)
+        optimizer.shards = None
+
+    def step(self, closure: None = None) -> None:
+        """As DeepSpeed's, once no rank reads the parts any more that it writes."""
+        if self.shards is not None:
+            self.shards.before_writing()
+        super().step(closure)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 -- its name there, a private one
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.derived import sequence_multiple
-from engine.config.enums import PipelineTransport
+from engine.config.enums import Transport
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.dist.init import DTYPES
@@ -20,7 +20,7 @@ def open_messages(cfg: Config, ctx: ParallelContext, program: Program) -> Messag
     Raises:
         LaunchError: see `require_mapped`.
     """
-    if cfg.parallel.pipeline_transport is not PipelineTransport.copy_engine:
+    if cfg.parallel.pipeline_transport is not Transport.copy_engine:
         return Channels(ctx, program)
     require_mapped(ctx.pp, ctx.device, "parallel.pipeline_transport", "copy_engine", "nccl")
     mailboxes = Mailboxes(program, ctx.pp.rank, ctx.device)

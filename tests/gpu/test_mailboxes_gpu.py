@@ -63,8 +63,21 @@ def test_messages_arrive_whole_and_in_order() -> None:
         ["--pp", "2", "parallel.pipeline_transport=copy_engine"],
         ["--tp", "2", "parallel.tp_overlap=symmetric"],
         ["--tp", "2", "parallel.tp_overlap=chunked"],
+        # Large enough that matrices are cut.
+        [
+            "--zero",
+            "3",
+            "--tp",
+            "1",
+            "--context",
+            "1",
+            "--offload",
+            "none",
+            "zero.gather=copy_engine",
+            "model.hidden_size=512",
+        ],
     ],
-    ids=["pipelines", "symmetric", "chunked"],
+    ids=["pipelines", "symmetric", "chunked", "zero3"],
 )
 def test_layouts_agree_with_one_process(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parity.json"

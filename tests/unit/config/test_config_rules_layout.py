@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.config import rules_memory, rules_parallel
-from engine.config.enums import Device, PipelineSchedule, PipelineTransport, TpOverlap
+from engine.config.enums import Device, PipelineSchedule, TpOverlap, Transport
 from engine.config.rules import check
 from engine.config.rules_parallel import fits
 from engine.config.schema import Config
@@ -48,7 +48,7 @@ CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
         "Use parallel.tp_overlap=auto",
     ),
     (
-        {"parallel__pipeline_transport": PipelineTransport.copy_engine, "train__device": Device.cpu},
+        {"parallel__pipeline_transport": Transport.copy_engine, "train__device": Device.cpu},
         1,
         231,
         "parallel.pipeline_transport=copy_engine",

@@ -17,6 +17,7 @@ from engine.config.enums import (
     Recompute,
     ScheduleName,
     SentenceHead,
+    Transport,
 )
 from engine.config.rules import check
 from tests.helpers.configs import make
@@ -62,6 +63,21 @@ CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         "zero.offload_optimizer=cpu",
         "muon looks at whole matrices",
         "Use zero.offload_optimizer=none, or an optim.name of adamw, lion, sgd",
+    ),
+    (
+        {"zero__gather": Transport.copy_engine, "zero__stage": 1, "train__device": Device.cpu},
+        320,
+        "zero.gather=copy_engine",
+        "copy engines read the parts that stage 3 keeps on other GPUs, without offload, and here is zero.stage=1, "
+        "train.device=cpu",
+        "Use zero.gather=auto",
+    ),
+    (
+        {"zero__gather": Transport.copy_engine, "zero__stage": 3, "zero__offload_params": CPU},
+        320,
+        "zero.gather=copy_engine",
+        "and here is zero.offload_params=cpu",
+        "Use zero.gather=auto",
     ),
     (
         {"zero__offload_params": CPU, "zero__stage": 2},

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Device
-from engine.config.enums import PipelineTransport, TpOverlap
+from engine.config.enums import Transport, TpOverlap
 from engine.config.launch_env import LaunchEnv
 from engine.config.schema import ParallelConfig
 from engine.dist import init
@@ -77,7 +77,7 @@ def test_threads_of_a_rank(
         (ParallelConfig(tp=2, tp_overlap=TpOverlap.symmetric), 1, None),
         (ParallelConfig(tp=2, tp_overlap=TpOverlap.none), 1, None),
         (ParallelConfig(tp=2, pp=2), 1, None),
-        (ParallelConfig(pp=2, pipeline_transport=PipelineTransport.copy_engine), 1, "32"),
+        (ParallelConfig(pp=2, pipeline_transport=Transport.copy_engine), 1, "32"),
         (ParallelConfig(tp=2), 3, None),
         (ParallelConfig(), 1, None),
     ],
