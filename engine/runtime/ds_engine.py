@@ -70,7 +70,7 @@ class Engine(DeepSpeedEngine):
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         found = super()._configure_zero_optimizer(optimizer)
         if has_own_stage3(self._cfg):
-            Stage3.take_over(found)
+            Stage3.take_over(found, self._ctx)
             self._map_shards(found)
         return found
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.buckets import Buckets, averages_well
-from engine.runtime.gradients import counts
+from engine.runtime.gradients import counts, norm_of_shards
 from engine.runtime.host_step import HostStep, Part, Streamed
 from engine_kernels.ops import accumulation
 
@@ -271,18 +271,12 @@ class FlatOptimizer(BF16_Optimizer):
         """Global L2 norm, fp32: each rank adds up its partition, of which each logical element counts once."""
         if self._runs is None:
             self._runs = [self._counted(index) for index in range(len(self.bf16_groups))]
-        # torch's fp32 norm of a large tensor is off by 1e-6 on the CPU, and adds up in trees on GPUs.
-        dtype = torch.float32 if self._ctx.device.type == "cuda" else torch.float64
-        norms = [
-            torch.linalg.vector_norm(gradient[start:stop], dtype=dtype)
+        counted = (
+            gradient[start:stop]
             for gradient, runs in zip(self.fp32_groups_gradient_flat_partition, self._runs, strict=True)
             for start, stop in runs
-        ]
-        total = torch.zeros((), dtype=torch.float64, device=self._ctx.device)
-        if norms:
-            total = torch.stack(norms).double().square().sum()
-        dist.all_reduce(total)
-        return total.sqrt().float()
+        )
+        return norm_of_shards(counted, self._ctx).float()
 
     def _counted(self, index: int) -> list[tuple[int, int]]:
         """Stretches of this rank's partition of a group that it counts, neighbours joined."""

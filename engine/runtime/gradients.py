@@ -104,6 +104,18 @@ def counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
     return logical_of(parameter).dim is not None or ctx.tp.is_first
 
 
+def norm_of_shards(shards: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
+    """L2 norm, fp64, of what all ranks have in `shards` together. Collective."""
+    # torch's fp32 norm of a large tensor is off by 1e-6 on the CPU, and adds up in trees on GPUs.
+    dtype = torch.float32 if ctx.device.type == "cuda" else torch.float64
+    norms = [torch.linalg.vector_norm(shard, dtype=dtype) for shard in shards]
+    total = torch.zeros((), dtype=torch.float64, device=ctx.device)
+    if norms:
+        total = torch.stack(norms).double().square().sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float, ctx: ParallelContext) -> Tensor:
     """Scale `.grad` in place so that the global L2 norm is at most `max_norm` (0: only measure). Returns the norm.
 

@@ -51,7 +51,7 @@ class MappedShards:
             self._offsets[parameter.ds_id] = offset
             parameter.all_gather_coalesced = self.gather
             offset += part.numel()
-        # In fp32 these are the masters themselves, so the tensors stay and what is in them moves.
+        # In fp32 these may be the masters themselves, so the tensors stay and what is in them moves.
         offset = 0
         for flat in optimizer.fp16_partitioned_groups_flat:
             flat.data = own.narrow(0, offset, flat.numel())
