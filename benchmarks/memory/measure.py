@@ -32,6 +32,7 @@ from engine.model.layers import InitialWeights
 from engine.observe.log import quiet_libraries, say
 from engine.optim.schedule import learning_rate
 from engine.parallel.logical import LogicalTensor
+from engine.parallel.symmetric import peak_bytes
 from engine.plan.stages import stage_bounds
 from engine.runtime import extensions
 from engine.topology.grid import Grid
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
         try:
             result = _steps(cfg, device)
         except torch.OutOfMemoryError as error:
-            result = {"out_of_memory": str(error).splitlines()[0], "peak_bytes": _peak(device)}
+            result = {"out_of_memory": str(error).splitlines()[0], "peak_bytes": peak_bytes(device)}
         dist.destroy_process_group()
     # Linux counts the peak of the resident set in KiB.
     result["host_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -81,7 +82,7 @@ def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
     kernels = choose_kernels(cfg, device).kernels
     layers = build_layers(cfg, ctx, kernels)
     engine = runtime.build(layers, stage_bounds(cfg), drawn_on(device), cfg, ctx, kernels.adamw_step)
-    build_s, built_bytes = time.perf_counter() - start, _peak(device)
+    build_s, built_bytes = time.perf_counter() - start, peak_bytes(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     split, train = open_data(cfg.data, cfg.model).train, cfg.train
@@ -103,12 +104,8 @@ def _steps(cfg: Config, device: torch.device) -> dict[str, object]:
         "losses": losses,
         "build_s": build_s,
         "build_peak_bytes": built_bytes,
-        "peak_bytes": _peak(device),
+        "peak_bytes": peak_bytes(device),
     }
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 if __name__ == "__main__":

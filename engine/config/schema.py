@@ -131,7 +131,7 @@ class ZeroConfig:
     """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
     gather: Transport = Transport.auto
     """How stage 3 gathers a block's parameters. copy_engine: each rank reads the others' parts itself, without waiting
-    for them to send (GPUs of one host, parameters not offloaded). auto: nccl."""
+    for them to send (GPUs of one host, nothing offloaded). auto: nccl."""
     offload_optimizer: Offload = Offload.none
     """Keep optimizer state and fp32 weights in host memory and step there, or on NVMe (stage 3)."""
     offload_params: Offload = Offload.none

@@ -22,7 +22,7 @@ Role = Literal["", "matrix", "embedding", "head", "vector"]
 """What optimizers and muP tell apart: matrices between hidden layers, tables looked up (also when they are the tied
 output projection), output projections, and norms and biases."""
 
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Elements that one generator draws."""
 
 

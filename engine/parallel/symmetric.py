@@ -52,28 +52,37 @@ class Mapped:
     """A 1-D tensor of equal size on every rank of `axis`, each of which maps those of all. Collective.
 
     Attributes:
-        tensors: (elements,) of each rank, in rank order. Copies between two of them are copy engines' work.
+        tensors: (elements,) of each rank, in rank order. Copies from another rank's are copy engines' work.
     """
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, axis: AxisGroup) -> None:
+    def __init__(
+        self, elements: int, dtype: torch.dtype, device: torch.device, axis: AxisGroup, timeout_s: float
+    ) -> None:
+        if device.type == "cuda":
+            # Its memory comes from the driver, which does not ask torch's allocator for what that keeps in reserve.
+            torch.cuda.empty_cache()
         own = library().empty(elements, dtype=dtype, device=device)
         self.memory: Any = library().rendezvous(own, axis.group)
         self.tensors: list[Tensor] = [
             own if rank == axis.rank else self.memory.get_buffer(rank, (elements,), dtype) for rank in range(axis.size)
         ]
+        self.timeout_ms = round(1000 * timeout_s)
         _sizes[self] = own.nbytes
 
     def meet(self) -> None:
-        """Let the current stream wait for those of all ranks."""
-        self.memory.barrier()
+        """Let the current stream wait for those of all ranks, at most `timeout_s`: then the device reports an error."""
+        self.memory.barrier(timeout_ms=self.timeout_ms)
 
 
 _sizes: WeakKeyDictionary[Mapped, int] = WeakKeyDictionary()
 
 
-def mapped_bytes() -> int:
-    """What this rank holds in `Mapped`, of which torch's allocator does not know."""
-    return sum(_sizes.values())
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that tensors took on `device` at a time; 0 on CPUs.
+
+    With what this rank holds in `Mapped`, of which torch's allocator does not know.
+    """
+    return torch.cuda.max_memory_allocated(device) + sum(_sizes.values()) if device.type == "cuda" else 0
 
 
 def start_all_gather(rows: Tensor, group: str) -> Callable[[], Tensor]:

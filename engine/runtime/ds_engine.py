@@ -84,7 +84,7 @@ class Engine(DeepSpeedEngine):
         if self._cfg.zero.gather is not Transport.copy_engine or replicas.size == 1:
             return
         require_mapped(replicas, self._ctx.device, "zero.gather", "copy_engine", "nccl")
-        memory = Mapped(old.numel(), old.dtype, old.device, replicas)
+        memory = Mapped(old.numel(), old.dtype, old.device, replicas, self._cfg.train.timeout_s)
         shards = optimizer.shards = MappedShards(optimizer, memory, replicas.rank)
         # Before DeepSpeed's hook, which may gather already.
         self.module.register_forward_pre_hook(lambda *_: shards.before_reading(), prepend=True)
@@ -127,14 +127,9 @@ class Engine(DeepSpeedEngine):
             self.allreduce_gradients()
 
     def settle(self) -> None:
-        """Before weights or state are read, or state is written.
-
-        Waits for a step that goes on in host memory, and for ranks that read this one's parts. Collective.
-        """
+        """Before weights or state are read: wait for a step that goes on in host memory. Collective."""
         if isinstance(self.optimizer, FlatOptimizer):
             self.optimizer.settle()
-        elif isinstance(self.optimizer, Stage3) and self.optimizer.shards is not None:
-            self.optimizer.shards.before_writing()
 
     def update(self) -> None:
         """Step the optimizer and drop the gradients."""

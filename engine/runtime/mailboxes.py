@@ -142,12 +142,22 @@ class SymmetricBoxes:
 
     A flag in the receiver's memory says that a box is full, one in the sender's that it is empty again. The stream
     writes flags by itself; waiting is a kernel of one warp. Collective: all stages make theirs together.
+
+    A flag that nobody raises for `timeout_s` ends the job with an error of the device.
     """
 
-    def __init__(self, axis: AxisGroup, count: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        axis: AxisGroup,
+        count: int,
+        elements: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
         self._rank, self._ranks, self._count, self._elements = axis.rank, axis.size, count, elements
         self._held: list[tuple[torch.cuda.Event, Tensor]] = []
-        self._mapped = Mapped(count * elements, dtype, device, axis)
+        self._mapped = Mapped(count * elements, dtype, device, axis, timeout_s)
         self._memory: Any = self._mapped.memory
         require_flags(count, axis.size, self._memory.signal_pad_size)
         self._out: defaultdict[tuple[int, int], torch.cuda.Stream] = defaultdict(
@@ -156,8 +166,8 @@ class SymmetricBoxes:
         self._back = torch.cuda.Stream(device, priority=-1)
         # Flags are zero at first. The kernel that waits is loaded here, while nothing is in flight.
         self._raise_flag(self._rank, self._full(0))
-        self._memory.wait_signal(self._rank, channel=self._full(0))
-        self._memory.barrier()
+        self._wait_for_flag(self._rank, self._full(0))
+        self._mapped.meet()
         torch.cuda.synchronize(device)
 
     def fill(self, stage: int, ring: int, box: int, message: Tensor, *, again: bool) -> None:
@@ -168,7 +178,7 @@ class SymmetricBoxes:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             if again:
-                self._memory.wait_signal(stage, channel=self._empty(box))
+                self._wait_for_flag(stage, self._empty(box))
             self._memory.get_buffer(stage, message.shape, message.dtype, box * self._elements).copy_(message)
             self._raise_flag(stage, self._full(box))
             event = torch.cuda.Event()
@@ -177,7 +187,7 @@ class SymmetricBoxes:
 
     def empty(self, source: int, box: int, out: Tensor) -> None:
         """See `Boxes.empty`."""
-        self._memory.wait_signal(source, channel=self._full(box))
+        self._wait_for_flag(source, self._full(box))
         out.copy_(self._memory.get_buffer(self._rank, out.shape, out.dtype, box * self._elements))
         self._back.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._back):
@@ -188,6 +198,9 @@ class SymmetricBoxes:
         for event, _ in self._held:
             event.wait()
         self._held.clear()
+
+    def _wait_for_flag(self, stage: int, channel: int) -> None:
+        self._memory.wait_signal(stage, channel=channel, timeout_ms=self._mapped.timeout_ms)
 
     def _raise_flag(self, stage: int, channel: int) -> None:
         """As `put_signal` does, but not as a kernel, which would wait until a product leaves it room."""

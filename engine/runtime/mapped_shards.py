@@ -1,8 +1,8 @@
 """ZeRO-3 over parts that the ranks of a host map of each other: each rank copies what it needs, when it needs it.
 
-Parts change at a step only, so between two steps a rank may read those of others without their help. NCCL's all-gather
-is a kernel on all of them: it takes multiprocessors from the products beside it, begins when a product leaves it room,
-and queues behind the reductions of the backward pass.
+Parts change when a step or a loaded state writes them, so until then a rank may read those of others without their
+help. NCCL's all-gather is a kernel on all of them: it takes multiprocessors from the products beside it, begins when a
+product leaves it room, and queues behind the reductions of the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Memory(Protocol):
 
 
 class MappedShards:
-    """The parts of all parameters that `optimizer` steps, moved into `memory` and gathered from there from now on.
+    """The parts of all parameters, moved into `memory`, from where passes gather them from now on.
+
+    Small parameters that every rank keeps whole are gathered by a collective after each step still.
 
     Args:
         memory: of the ranks that share the parameters, in their order; as large as `optimizer.lp_param_buffer`.
@@ -44,7 +46,7 @@ class MappedShards:
         own.copy_(optimizer.lp_param_buffer)
         optimizer.lp_param_buffer = own
         parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-        self._gather_others = parameters[0].all_gather_coalesced
+        assert len(parameters) == len(list(optimizer.module.parameters())), "a frozen parameter has no part here"
         for parameter in parameters:
             part = parameter.ds_tensor
             part.data = own.narrow(0, offset, part.numel())
@@ -72,28 +74,32 @@ class MappedShards:
     @torch.no_grad()
     def gather(self, params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Arriving:
         """Stands for `all_gather_coalesced` of a parameter: start to gather `params`, on the current stream."""
-        here = sorted((one for one in params if one.ds_id in self._offsets), key=lambda one: one.ds_id)
-        others = [one for one in params if one.ds_id not in self._offsets]
-        rest = self._gather_others(others, safe_mode=safe_mode, quantize=quantize) if others else None
+        parameters = sorted(params, key=lambda one: one.ds_id)
         self._wait(self._written)
-        for parameter in here:
-            if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
-                raise RuntimeError(parameter.ds_summary())
-            parameter.ds_status = ZeroParamStatus.INFLIGHT
-            parameter.data = self._whole(parameter).narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
+        wholes = [self._begin(parameter) for parameter in parameters]
+        # Each rank begins with the next one's, so that no GPU has all readers at once. Its own come last: copies inside
+        # a GPU take multiprocessors, and may wait for them.
+        for step in range(1, len(self._memory.tensors) + 1):
+            rank = (self._rank + step) % len(self._memory.tensors)
+            for parameter, whole in zip(parameters, wholes, strict=True):
+                size = parameter.ds_tensor.numel()
+                part = self._memory.tensors[rank].narrow(0, self._offsets[parameter.ds_id], size)
+                self._copy(whole.narrow(0, rank * size, size), part)
         self._read = self._mark()
-        return Arriving(here, rest)
+        return Arriving(parameters)
 
-    def _whole(self, parameter: Any) -> Tensor:
-        """All parts of `parameter`, 1-D, the last of them with its padding."""
-        size, offset = parameter.ds_tensor.numel(), self._offsets[parameter.ds_id]
-        tensors = self._memory.tensors
-        whole = torch.empty(size * len(tensors), dtype=parameter.ds_tensor.dtype, device=self._device)
-        # Each rank begins with another one's, so that no GPU has all readers at once.
-        for step in range(len(tensors)):
-            rank = (self._rank + step) % len(tensors)
-            whole.narrow(0, rank * size, size).copy_(tensors[rank].narrow(0, offset, size))
+    def _begin(self, parameter: Any) -> Tensor:
+        """Room for all parts of `parameter`, 1-D, the last of them with its padding, where it finds its values."""
+        if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+            raise RuntimeError(parameter.ds_summary())
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+        part = parameter.ds_tensor
+        whole = torch.empty(part.numel() * len(self._memory.tensors), dtype=part.dtype, device=self._device)
+        parameter.data = whole.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
         return whole
+
+    def _copy(self, out: Tensor, part: Tensor) -> None:
+        out.copy_(part)
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -110,13 +116,11 @@ class MappedShards:
 class Arriving:
     """Parameters that are gathered. The copies are in the stream already, where DeepSpeed's wait would put them."""
 
-    def __init__(self, parameters: Sequence[Any], rest: Any) -> None:
-        self._parameters, self._rest = parameters, rest
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        self._parameters = parameters
 
     def wait(self, handle_dependency: bool = True) -> None:
         """Say that they are there; again without effect."""
         for parameter in self._parameters:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
         self._parameters = ()
-        if self._rest is not None:
-            self._rest.wait(handle_dependency=handle_dependency)

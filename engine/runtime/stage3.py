@@ -51,11 +51,11 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         optimizer._accumulate = accumulation(optimizer.fp16_groups[0][0].ds_tensor.device)
         optimizer.shards = None
 
-    def step(self, closure: None = None) -> None:
-        """As DeepSpeed's, once no rank reads the parts any more that it writes."""
+    def _partition_all_parameters(self) -> None:
+        """Let go of what is gathered, as every step and every new state begins, and wait until all ranks have."""
+        super()._partition_all_parameters()
         if self.shards is not None:
             self.shards.before_writing()
-        super().step(closure)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(  # noqa: N802 -- its name there, a private one
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype

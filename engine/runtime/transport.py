@@ -27,4 +27,5 @@ def open_messages(cfg: Config, ctx: ParallelContext, program: Program) -> Messag
     positions = cfg.data.seq_len // sequence_multiple(cfg.parallel)
     elements = cfg.train.micro_batch * positions * cfg.model.hidden_size
     dtype = DTYPES[cfg.precision.dtype]
-    return mailboxes.open(SymmetricBoxes(ctx.pp, mailboxes.count, elements, dtype, ctx.device))
+    timeout_s = cfg.train.timeout_s
+    return mailboxes.open(SymmetricBoxes(ctx.pp, mailboxes.count, elements, dtype, ctx.device, timeout_s))

@@ -22,7 +22,7 @@ from engine.observe.plot import plot_losses
 from engine.observe.progress import Progress
 from engine.observe.sinks import Fanout, JsonlSink, MetricSink, WandbSink
 from engine.observe.throughput import StepTimer
-from engine.parallel.symmetric import mapped_bytes
+from engine.parallel.symmetric import peak_bytes
 from engine.plan.costs import flops_per_token
 from engine.protocols import Engine, StepResult
 from engine.train.checkpoints import Checkpoints, Facts, Weights
@@ -78,7 +78,7 @@ class Metrics(Quiet):
         if not self._cfg.data.variable_length:
             metrics |= {"tokens": float(step * self._tokens)} | self._speed()
         if self._device.type == "cuda":
-            metrics["peak_memory_gib"] = (torch.cuda.max_memory_allocated(self._device) + mapped_bytes()) / 2**30
+            metrics["peak_memory_gib"] = peak_bytes(self._device) / 2**30
         self._sink.write(step, metrics)
         left = self._timer.time_left_s(self._cfg.train.steps - step)
         self._progress.update(step, metrics | ({} if left is None else {"time_left_s": left}))

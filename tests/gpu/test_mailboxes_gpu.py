@@ -30,7 +30,7 @@ def both_ways() -> None:
     """Messages cross each other while either side is the slower one in turn; each arrives whole and in order."""
     device = torch.device("cuda", torch.cuda.current_device())
     ctx = ParallelContext.create(Grid(pp=2), device)
-    boxes = SymmetricBoxes(ctx.pp, RING, ELEMENTS, torch.bfloat16, device)
+    boxes = SymmetricBoxes(ctx.pp, RING, ELEMENTS, torch.bfloat16, device, 60.0)
     me, other = ctx.pp.rank, 1 - ctx.pp.rank
     base = torch.arange(ELEMENTS, device=device, dtype=torch.int32)
     wrong = torch.zeros((), dtype=torch.int64, device=device)

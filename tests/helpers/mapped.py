@@ -15,7 +15,9 @@ from engine.dist.context import AxisGroup
 class SharedFiles:
     """A file in memory for each rank of `axis`, mapped by all. Collective."""
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device, axis: AxisGroup) -> None:
+    def __init__(
+        self, elements: int, dtype: torch.dtype, device: torch.device, axis: AxisGroup, timeout_s: float
+    ) -> None:
         assert device.type == "cpu"
         self._group = axis.group
         handle, path = tempfile.mkstemp(dir="/dev/shm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from engine.config.load import load
 from engine.config.schema import Config
 from engine.data import open_data
 from engine.dist.context import ParallelContext
+from engine.model.batch import Batch
 from engine.model.build import build_layers
 from engine.model.feed import Feed
 from engine.model.layers import random_weights
@@ -30,13 +32,14 @@ pytestmark = pytest.mark.ranks
 
 WORDS = ["model=gpt_tiny", "model.num_layers=2", "data=random", "data.seq_len=16", "train.micro_batch=4", "zero=z1"]
 WORDS += ["precision=bf16", "train.device=cpu", "train.steps=4", "optim.clip_norm=0.5", "optim.warmup_steps=0"]
+CPU = torch.device("cpu")
 
 
 class Run:
     """An engine whose AdamW is the reference kernel, or torch's."""
 
-    def __init__(self, cfg: Config, world: int, *, one_pass: bool) -> None:
-        ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), torch.device("cpu"))
+    def __init__(self, cfg: Config, world: int, *, one_pass: bool, device: torch.device = CPU) -> None:
+        ctx = ParallelContext.create(Grid.from_config(cfg.parallel, world), device)
         layers = build_layers(cfg, ctx, choose_kernels(cfg, ctx.device).kernels)
         update = adamw_step if one_pass else None
         self.engine: Any = runtime.build(layers, stage_bounds(cfg), random_weights(7), cfg, ctx, update)
@@ -44,16 +47,22 @@ class Run:
 
     def step(self, number: int, lr: float = 1e-2) -> tuple[float, float]:
         """Loss and gradient norm."""
+        result = self.engine.train_step(self._batches(number), lr)
+        return float(result.loss), float(result.grad_norm)
+
+    def validate(self) -> float:
+        """Loss of what the tenth step would train on."""
+        return float(self.engine.eval_step(self._batches(9)))
+
+    def _batches(self, number: int) -> Iterator[Batch]:
         train = self._cfg.train
-        batches = self._split.micro_batches(
+        return self._split.micro_batches(
             number * train.micro_batch * train.accum_steps * self._ctx.dp.size,
             dp_rank=self._ctx.dp.rank,
             dp=self._ctx.dp.size,
             micro_batch=train.micro_batch,
             accum_steps=train.accum_steps,
         )
-        result = self.engine.train_step(batches, lr)
-        return float(result.loss), float(result.grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
         """Masters by logical name."""

@@ -66,11 +66,15 @@ def agree(ours: tuple[list[Any], dict[str, Any], str], expected: tuple[list[Any]
 
 
 # The first step of fp16 overflows.
-@pytest.mark.parametrize("one_pass", [False, True], ids=["torch", "flat"])
 @pytest.mark.parametrize(
-    ("words", "alone"),
-    [([], True), (["precision=fp32"], False), (["precision=fp16", "precision.initial_scale_power=20"], False)],
-    ids=["bf16", "fp32", "fp16"],
+    ("words", "alone", "one_pass"),
+    [
+        ([], True, False),
+        ([], False, True),
+        (["precision=fp32"], False, True),
+        (["precision=fp16", "precision.initial_scale_power=20"], False, True),
+    ],
+    ids=["torch", "bf16", "fp32", "fp16"],
 )
 def test_the_bits_are_deepspeeds(words: list[str], alone: bool, one_pass: bool) -> None:
     size = "zero.bucket_elements=1" if alone else "zero.bucket_elements=100000"
