@@ -45,7 +45,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         """Make `optimizer` one of this class, in place; not of one that offloads."""
         optimizer.__class__ = cls
         optimizer._ctx = ctx
-        optimizer._factor = torch.ones((), device=ctx.device)
         optimizer._has_weights = set[int]()
         optimizer.max_param_reduce_events = _UNDER_WAY
         optimizer._accumulate = accumulation(optimizer.fp16_groups[0][0].ds_tensor.device)
