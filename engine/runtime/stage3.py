@@ -30,7 +30,7 @@ _UNDER_WAY = 12
 
 
 class Stage3(DeepSpeedZeroOptimizer_Stage3):
-    """DeepSpeed's optimizer, whose layout, state and hooks it keeps, with other ways for gradients.
+    """DeepSpeed's optimizer, whose layout, state and hooks it keeps, with other ways for gradients and steps.
 
     Made of one that DeepSpeed has built, since DeepSpeed names the class itself.
 
