@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import deepspeed
+import torch
 from deepspeed import comm as ds_comm
+from deepspeed.runtime.zero import linear as ds_linear
+from deepspeed.runtime.zero.utils import is_zero_param
 from torch import nn
 
 from engine.config.schema import Config
@@ -54,3 +57,16 @@ def lend(model: Stack, loss: nn.Module) -> None:
         if layer.lends:
             for parameter in module.parameters():
                 deepspeed.zero.register_external_parameter(loss, parameter)
+
+
+def share_graphs() -> None:
+    """Let all compiled blocks have one graph: what they compute with is whole, so their linears need not ask.
+
+    The backward pass of DeepSpeed's linear asks each weight whether it is cut. torch 2.11 then ties a graph to the
+    weight's number: a graph for each block, and none at all from the ninth on.
+    """
+    ds_linear.is_zero_param = _may_be_cut
+
+
+def _may_be_cut(parameter: object) -> bool:
+    return not torch.compiler.is_compiling() and is_zero_param(parameter)
