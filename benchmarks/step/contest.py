@@ -65,13 +65,17 @@ class Contest:
         return self.sheet.path.parent
 
     def run(self, names: Sequence[str], rounds: int) -> None:
-        """`rounds` rounds of the systems `names`, every other one in the opposite order, and the reference."""
+        """`rounds` rounds of the systems `names`, every other one in the opposite order, and the reference.
+
+        The reference runs once, if a system did or if it is named.
+        """
         print(f"{self.case.name}, {self.case.gpus} ranks", flush=True)
+        timed = [name for name in names if name != REFERENCE]
         for turn in range(rounds):
-            for name in names if turn % 2 == 0 else reversed(names):
+            for name in timed if turn % 2 == 0 else reversed(timed):
                 if name not in self._failed:
                     self._measure(name, turn)
-        if self.case.reference_step and self._records:
+        if self.case.reference_step and (self._records or REFERENCE in names):
             self._reference()
 
     def _measure(self, name: str, turn: int) -> None:

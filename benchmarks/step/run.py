@@ -7,8 +7,9 @@ python -m benchmarks.step.run --list
 Cases are in `cases`, systems in `systems`. Each system is a process of its own, the second round in the opposite order,
 so that clocks and heat fall on all alike; a system that cannot run has a row with the reason. The last two steps of the
 first round are profiled and not timed. Rows are added to `rows.jsonl` after every round: `report` takes the newer ones.
-A loss in fp32 of the same data and weights comes last, where it fits the budget. `--quick` makes tiny shapes, on a CPU
-too, with gloo between ranks: that shows that all runs, and measures nothing.
+A loss in fp32 of the same data and weights comes last, where it fits the budget; `--systems 'fp32 reference'` makes it
+alone, for rows of another call at the same commit. `--quick` makes tiny shapes, on a CPU too, with gloo between ranks:
+that shows that all runs, and measures nothing.
 
 A step is timed from when the loss of the step before has been read to when its own has, which waits for the device.
 """
@@ -28,7 +29,7 @@ import torch
 from benchmarks.kernels.sheet import Sheet
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.contest import Budget, Contest
-from benchmarks.step.systems import SYSTEMS
+from benchmarks.step.systems import REFERENCE, SYSTEMS
 from benchmarks.step.words import quick, words_of
 
 BUDGET_S = 580.0
@@ -60,7 +61,8 @@ def options_of(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("out", type=_folder, help="folder; rows are added to its rows.jsonl")
     parser.add_argument("--commit", required=True)
     parser.add_argument("--case", type=_of(CASES, "case"), required=True, help="names of --list")
-    parser.add_argument("--systems", type=_of(SYSTEMS, "system"), default=list(SYSTEMS), help="default: all")
+    known = _of((*SYSTEMS, REFERENCE), "system")
+    parser.add_argument("--systems", type=known, default=list(SYSTEMS), help="default: all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--budget-s", type=float, default=BUDGET_S, help=f"seconds of the call, {BUDGET_S:g} by default"

@@ -74,7 +74,7 @@ def test_messages_arrive_whole_and_in_order() -> None:
             "--offload",
             "none",
             "zero.gather=copy_engine",
-            "model.hidden_size=512",
+            "model.hidden_size=256",
         ],
     ],
     ids=["pipelines", "symmetric", "chunked", "zero3"],
@@ -83,7 +83,7 @@ def test_layouts_agree_with_one_process(words: list[str], tmp_path: Path, capsys
     out = tmp_path / "parity.json"
     code = main(
         [
-            *("parity", "model=gpt_tiny", "train.device=cuda", "--worlds", "2", "--cases", "8", "--json", str(out)),
+            *("parity", "model=gpt_tiny", "train.device=cuda", "--worlds", "2", "--cases", "3", "--json", str(out)),
             *words,
         ]
     )

@@ -75,6 +75,13 @@ def test_rounds_alternate_and_a_system_that_fails_is_tried_once(tmp_path: Path, 
     assert not list(tmp_path.rglob("trace.json"))
 
 
+def test_the_reference_runs_alone_where_only_it_is_named(tmp_path: Path, began: list[Any]) -> None:
+    contest(tmp_path).run([REFERENCE], rounds=2)
+    assert [name for name, _ in began] == [REFERENCE]
+    (row,) = rows_of(tmp_path)
+    assert (row["system"], row["metric"], row["step"]) == (REFERENCE, "loss", 2)
+
+
 def test_what_does_not_fit_the_budget_is_said(tmp_path: Path, began: list[Any]) -> None:
     contest(tmp_path, seconds=1e-9).run(["octant", "megatron"], rounds=2)
     assert began == []
