@@ -128,7 +128,8 @@ class ZeroConfig:
     """Elements in one collective of the ZeRO optimizers. Stage 3 without offload: in one of several gradients, at most
     4 Mi; a larger gradient goes alone, straight from where it is."""
     overlap_comm: bool = True
-    """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too)."""
+    """Reduce buckets while the backward pass goes on (pp=1; on GPUs, and in bf16 at stage 1 on CPUs too). In bf16 at
+    stage 1 new weights arrive while the next forward pass goes on, too."""
     gather: Transport = Transport.auto
     """How stage 3 gathers a block's parameters. copy_engine: each rank reads the others' parts itself, without waiting
     for them to send (GPUs of one host, nothing offloaded). auto: nccl."""

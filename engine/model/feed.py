@@ -118,7 +118,7 @@ def _run(start: int, length: int, axis: AxisGroup) -> tuple[int, int]:
 
 
 def count_targets(batches: Iterable[Batch], ctx: ParallelContext) -> tuple[Tensor, Tensor]:
-    """Targets and sentence classes of the global batch: fp32 scalars on the device. Collective over dp.
+    """Targets and sentence classes of the global batch: fp32 scalars on the device. Collective over all ranks.
 
     Losses are divided by these, so that every target weighs the same wherever it is; at least 1, so that a global batch
     without targets has the loss 0.
@@ -131,7 +131,9 @@ def count_targets(batches: Iterable[Batch], ctx: ParallelContext) -> tuple[Tenso
     # Written by the device itself: a copy would wait until it has done all before, and leave it idle then.
     found = torch.stack([torch.full((), count, dtype=torch.float64, device=ctx.device) for count in counts])
     if ctx.dp.group is not None:
-        dist.all_reduce(found, group=ctx.dp.group)
+        # Not by the group of the replicas, which new weights still travel by. The ranks of a replica count alike.
+        dist.all_reduce(found)
+        found /= dist.get_world_size() // ctx.dp.size
     targets, sentences = found.clamp(min=1.0).float()
     return targets, sentences
 

@@ -95,6 +95,8 @@ class Stack(nn.Module):
         recompute: blocks in one group whose activations are computed again in the backward pass; 0: none.
         nested: a group is computed again as a whole for its blocks' inputs, and then each block for its activations.
         host: where the inputs of groups are kept; None: where they are.
+
+    `before`, if set, is called with the number of a layer before it runs.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Stack(nn.Module):
         self.layers = tuple(layers)
         self._nested, self._host = nested, host
         self.parts = nn.ModuleList(modules)
+        self.before: Callable[[int], None] | None = None
         self.groups: list[tuple[int, int, bool]] = []
         index = 0
         while index < len(layers):
@@ -137,6 +140,8 @@ class Stack(nn.Module):
             if nested:
                 x = _again(self._span, index, index + 1, False, x, feed)
             else:
+                if self.before is not None:
+                    self.before(index)
                 x = self.layers[index].run(self.parts[index], x, feed)
         return x
 

@@ -6,6 +6,7 @@ sums over all ranks whole, and reads the norm back before it goes on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.buckets import Buckets, averages_well
-from engine.runtime.gradients import counts, norm_of_shards
+from engine.runtime.gathers import Gathers
+from engine.runtime.gradients import counted_runs, norm_of_shards
 from engine.runtime.host_step import HostStep, Part, Streamed
 from engine_kernels.ops import accumulation
 
@@ -37,9 +39,10 @@ class FlatOptimizer(BF16_Optimizer):
     """DeepSpeed's optimizer over flat groups, whose layout and checkpoints it keeps.
 
     A gradient goes into the flat sums when the backward pass has it: the first of a step is copied, later ones are
-    added. Sums are reduced, beside the last backward pass of a step, to the rank that holds their partition. With
-    `FlatAdamW` the clip factor is applied inside the update, which also writes the bf16 weights, and a step whose norm
-    is not finite is dropped on the device; other optimizers wait for the norm.
+    added. Sums are reduced, beside the last backward pass of a step, to the rank that holds their partition; its new
+    weights can come back beside the next forward pass. With `FlatAdamW` the clip factor is applied inside the update,
+    which also writes the bf16 weights, and a step whose norm is not finite is dropped on the device; other optimizers
+    wait for the norm.
 
     Args:
         ctx: ranks and device.
@@ -80,6 +83,7 @@ class FlatOptimizer(BF16_Optimizer):
                 bucket_elements,
                 average=averages_well(self.fp32_groups_gradients_flat[self._largest], ctx.reduce.size),
             )
+        self._gathers: Gathers | None = None
         self._runs: list[list[tuple[int, int]]] | None = None
         self._finite: Tensor | None = None
         self._known: torch.cuda.Event | None = None
@@ -154,8 +158,17 @@ class FlatOptimizer(BF16_Optimizer):
             self.overflow = True
         if self._host is not None and not self._host.delayed:
             self._host.finish()
-        self._gather()
+        self._gather(beside=True)
         self.clear_hp_grads()
+
+    def gather_beside(self, layers: Iterable[Iterable[nn.Parameter]]) -> Callable[[int], None]:
+        """Let each step's weights arrive while the next forward pass, in the order of `layers`, goes on.
+
+        That calls what this returns, with the number of a layer, before the layer computes.
+        """
+        flat, parameters = self.bf16_groups_flat[self._largest], self.bf16_groups[self._largest]
+        self._gathers = Gathers(flat, parameters, layers, self.dp_process_group)
+        return self._gathers.wait_for
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -164,10 +177,12 @@ class FlatOptimizer(BF16_Optimizer):
             self._gather()
 
     def _finish(self) -> bool:
-        """The step in host memory, and the host's count of a step that the device dropped.
+        """The weights that still arrive, the step in host memory, and the host's count of a step that was dropped.
 
         Returns whether this rank's partition has new weights by that.
         """
+        if self._gathers is not None:
+            self._gathers.finish()
         late = self._host is not None and self._host.finish()
         if self._known is not None:
             self._known.synchronize()
@@ -227,14 +242,17 @@ class FlatOptimizer(BF16_Optimizer):
         self.fp32_groups_flat_partition[:] = stay
         return HostStep(self.optimizer, parts, self._ctx.device, streamed)
 
-    def _gather(self) -> None:
-        all_gather_dp_groups(
-            groups_flat=self.bf16_groups_flat,
-            partitioned_param_groups=self.bf16_partitioned_groups,
-            dp_process_group=self.real_dp_process_group,
-            start_alignment_factor=self.nccl_start_alignment_factor,
-            allgather_bucket_size=self.allgather_bucket_size,
+    def _gather(self, *, beside: bool = False) -> None:
+        """Give every rank all new weights; with `beside` those of the largest group while other work goes on."""
+        later = self._gathers if beside else None
+        now = [index for index in range(len(self.bf16_groups)) if later is None or index != self._largest]
+        flat, partitions, groups = (
+            [every[index] for index in now]
+            for every in (self.bf16_groups_flat, self.bf16_partitioned_groups, self.real_dp_process_group)
         )
+        all_gather_dp_groups(flat, partitions, groups, self.nccl_start_alignment_factor, self.allgather_bucket_size)
+        if later is not None:
+            later.begin()
 
     def _tell(self, finite: Tensor) -> None:
         """Let the host know by and by, without a wait for what is launched after."""
@@ -270,25 +288,13 @@ class FlatOptimizer(BF16_Optimizer):
     def _norm(self) -> Tensor:
         """Global L2 norm, fp32: each rank adds up its partition, of which each logical element counts once."""
         if self._runs is None:
-            self._runs = [self._counted(index) for index in range(len(self.bf16_groups))]
+            self._runs = [
+                counted_runs(group, gradient.numel(), self._ctx)
+                for group, gradient in zip(self.bf16_groups, self.fp32_groups_gradient_flat_partition, strict=True)
+            ]
         counted = (
             gradient[start:stop]
             for gradient, runs in zip(self.fp32_groups_gradient_flat_partition, self._runs, strict=True)
             for start, stop in runs
         )
         return norm_of_shards(counted, self._ctx).float()
-
-    def _counted(self, index: int) -> list[tuple[int, int]]:
-        """Stretches of this rank's partition of a group that it counts, neighbours joined."""
-        size = self.fp32_groups_gradient_flat_partition[index].numel()
-        first, runs, offset = self._ctx.reduce.rank * size, list[tuple[int, int]](), 0
-        for parameter in self.bf16_groups[index]:
-            start, stop = max(offset - first, 0), min(offset + parameter.numel() - first, size)
-            offset += parameter.numel()
-            if start >= stop or not counts(parameter, self._ctx):
-                continue
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((start, stop))
-        return runs

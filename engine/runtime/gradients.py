@@ -104,6 +104,21 @@ def counts(parameter: nn.Parameter, ctx: ParallelContext) -> bool:
     return logical_of(parameter).dim is not None or ctx.tp.is_first
 
 
+def counted_runs(parameters: Iterable[nn.Parameter], size: int, ctx: ParallelContext) -> list[tuple[int, int]]:
+    """Stretches of this rank's `size` elements of flat `parameters` that it counts, neighbours joined."""
+    first, runs, offset = ctx.reduce.rank * size, list[tuple[int, int]](), 0
+    for parameter in parameters:
+        start, stop = max(offset - first, 0), min(offset + parameter.numel() - first, size)
+        offset += parameter.numel()
+        if start >= stop or not counts(parameter, ctx):
+            continue
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((start, stop))
+    return runs
+
+
 def norm_of_shards(shards: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
     """L2 norm, fp64, of what all ranks have in `shards` together. Collective."""
     # torch's fp32 norm of a large tensor is off by 1e-6 on the CPU, and adds up in trees on GPUs.

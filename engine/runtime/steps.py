@@ -18,7 +18,7 @@ from engine.model.host_checkpoints import HostCheckpoints
 
 
 def make_feeds(batches: Iterable[Batch], cfg: Config, ctx: ParallelContext) -> list[Feed]:
-    """This rank's parts of the micro-batches of a step, with the counts of the global batch. Collective over dp."""
+    """This rank's parts of the micro-batches of a step, with the counts of the global batch. Collective."""
     batches = list(batches)
     counts = count_targets(batches, ctx)
     sequence = uses_sequence(cfg, ctx)

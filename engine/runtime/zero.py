@@ -20,8 +20,9 @@ from engine.protocols import EngineState, StepResult
 from engine.runtime import gradients
 from engine.runtime.compile import compile_parts, wants_compile
 from engine.runtime.ds_axes import Axes, mark_parameters
-from engine.runtime.ds_config import clips_itself
+from engine.runtime.ds_config import clips_itself, overlaps
 from engine.runtime.ds_engine import Engine
+from engine.runtime.flat import FlatOptimizer
 from engine.runtime.graphs import CudaRecorder, GraphedPasses, Repeater, wants_graphs
 from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
@@ -56,6 +57,8 @@ class ZeroRunner:
             lend(model, loss)
         whole = ModelWithLoss(model, loss).to(ctx.device)
         self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)
+        if isinstance(self._ds.optimizer, FlatOptimizer) and overlaps(cfg, ctx):
+            model.before = self._ds.optimizer.gather_beside(part.parameters() for part in model.parts)
         gradients.mend_norm(self._ds.optimizer, ctx)
         attach_pieces(self._ds.optimizer, cfg.optim.name)
         self.graphed: GraphedPasses | None = None
@@ -80,10 +83,12 @@ class ZeroRunner:
                     norm = gradients.clip_by_global_norm(
                         self._ds.module.parameters(), self._cfg.optim.clip_norm, self.ctx
                     )
+                # Not after the step, whose weights travel by the same group beside what follows.
+                total = sum_of_shares(total, self.ctx)
             self._ds.step()
         if norm is None:
             norm = torch.as_tensor(self._ds.get_global_grad_norm(), device=self.ctx.device)
-        return StepResult(loss=sum_of_shares(total, self.ctx), grad_norm=norm)
+        return StepResult(loss=total, grad_norm=norm)
 
     def _pass(self, feed: Feed) -> Tensor:
         """Forward and backward pass of a micro-batch; its share of the loss."""

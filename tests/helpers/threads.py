@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
@@ -72,6 +73,11 @@ def _all_to_all(output: Tensor, mine: Tensor, group: Any = None) -> None:
     output.copy_(torch.cat(parts).view_as(output))
 
 
+def _of_all(call: Callable[..., None], meeting: _Meeting, *arguments: Any, group: Any = None, **options: Any) -> None:
+    """`call` by a group, or by all ranks."""
+    call(*arguments, group=group or meeting, **options)
+
+
 _CALLS = {
     "all_reduce": _all_reduce,
     "all_gather_into_tensor": _all_gather,
@@ -97,7 +103,8 @@ def on_axis(fn: Callable[[AxisGroup], T], size: int) -> list[T]:
 
     with ExitStack() as stack:
         for name, call in _CALLS.items():
-            stack.enter_context(patch.object(dist, name, call))
+            stack.enter_context(patch.object(dist, name, partial(_of_all, call, meeting)))
+        stack.enter_context(patch.object(dist, "get_world_size", lambda group=None: (group or meeting).size()))
         stack.enter_context(patch.object(collectives, "resolve", {meeting.group_name: meeting}.__getitem__))
         pool = stack.enter_context(ThreadPoolExecutor(size))
         futures = [pool.submit(body, rank) for rank in range(size)]

@@ -70,6 +70,7 @@ class Run:
 
     def copies(self) -> dict[str, Tensor]:
         """What the model computes with."""
+        self.engine._ds.settle()
         return {p.logical.name: p.detach().clone() for p in self.engine._ds.module.parameters()}
 
     def steps(self) -> float:
