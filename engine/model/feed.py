@@ -131,9 +131,12 @@ def count_targets(batches: Iterable[Batch], ctx: ParallelContext) -> tuple[Tenso
     # Written by the device itself: a copy would wait until it has done all before, and leave it idle then.
     found = torch.stack([torch.full((), count, dtype=torch.float64, device=ctx.device) for count in counts])
     if ctx.dp.group is not None:
-        # Not by the group of the replicas, which new weights still travel by. The ranks of a replica count alike.
-        dist.all_reduce(found)
-        found /= dist.get_world_size() // ctx.dp.size
+        # Of stages some see no targets. Without stages all ranks of a replica count alike, and they do it together:
+        # new weights may still travel by the group of the replicas.
+        staged = ctx.pp.size > 1
+        dist.all_reduce(found, group=ctx.dp.group if staged else None)
+        if not staged:
+            found /= dist.get_world_size() // ctx.dp.size
     targets, sentences = found.clamp(min=1.0).float()
     return targets, sentences
 

@@ -84,6 +84,9 @@ def steps(cfg: Config, env: launch_env.LaunchEnv) -> Outcome:
             # Reading the loss waits for the step.
             float(engine.train_step(batches, learning_rate(cfg.optim, 0, cfg.train.steps)).loss)
             retries = _retries(device) - before if step == STEPS - 1 else 0
+    if device.type == "cuda":
+        # Weights of the last step still arrive, from ranks that might end before.
+        torch.cuda.synchronize(device)
     peak, reason = _peak(device), ""
     if budget is not None and peak > budget:
         reason = f"the peak {size_of(peak)} is above {size_of(budget)}"

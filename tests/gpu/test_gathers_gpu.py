@@ -22,7 +22,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-SIZES = ["model.hidden_size=512", "train.device=cuda", "kernels.deterministic=true", "kernels.compile=off"]
+SIZES = [
+    "model.hidden_size=512",
+    "train.device=cuda",
+    "kernels.deterministic=true",
+    "kernels.compile=off",
+    "kernels.cuda_graphs=off",
+]
 
 
 class Slow(Gathers):

@@ -92,6 +92,19 @@ def test_targets_are_counted_over_replicas() -> None:
     assert on_axis(rank, 2) == [14.0, 14.0]
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+def test_targets_are_counted_once_whoever_sees_them(pp: int) -> None:
+    """Two ranks for each of two replicas: both see its targets, or they are stages of which one does."""
+    batch = batch_of(GPT2, 2, 8, padded=True)
+    blank = replace(batch, labels_BS=torch.full((2, 8), IGNORE))
+
+    def rank(everyone: AxisGroup) -> float:
+        ctx = replace(ParallelContext.single(), dp=replace(everyone, size=2), pp=replace(everyone, size=pp))
+        return float(count_targets([blank if pp > 1 and everyone.rank % 2 else batch], ctx)[0])
+
+    assert on_axis(rank, 4) == [2 * 14.0] * 4
+
+
 def test_a_global_batch_without_targets_divides_by_one() -> None:
     batch = replace(batch_of(GPT2, 2, 8), labels_BS=torch.full((2, 8), IGNORE))
     assert [float(count) for count in count_targets([batch], ParallelContext.single())] == [1.0, 1.0]
