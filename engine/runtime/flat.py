@@ -172,7 +172,7 @@ class FlatOptimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Finish what is under way, and wait for it: before weights or state are read. Collective where it is late."""
+        """Finish what is under way, and wait for it: before weights or state are read. Collective."""
         if self._finish():
             self._gather()
 

@@ -52,7 +52,7 @@ def trained(words: list[str], elements: int) -> tuple[list[Any], dict[str, Tenso
             wait(layer)
             if layer == 0:
                 left.append([])
-            left[-1].append(len(optimizer._gathers._under_way))
+            left[-1].append(optimizer._gathers.left)
 
         model.before = before
     with mock.patch.object(dist, "broadcast", late):
@@ -90,28 +90,50 @@ def test_a_layer_waits_for_its_own_weights_and_computes_with_all_of_them(
         assert not any(left[3]), "the second micro-batch"
 
 
-def test_stretches_end_at_parameters_and_go_to_all_from_who_holds_them() -> None:
+def test_stretches_end_at_parameters_and_leave_two_layers_ahead_from_who_holds_them() -> None:
     group: Any = object()
-    parameters = [torch.nn.Parameter(torch.empty(size)) for size in (3, 5, 1, 7)]
+    parameters = [torch.nn.Parameter(torch.empty(size)) for size in (3, 5, 1, 7, 6, 6)]
     small = torch.nn.Parameter(torch.empty(2))
-    layers = [[parameters[0]], [small, parameters[1]], [small], [parameters[2], parameters[0], parameters[3]]]
+    layers = [[parameters[0]], [small, parameters[1]], [small], [parameters[0], parameters[3]], [parameters[4]]]
     with mock.patch.object(dist, "get_process_group_ranks", lambda _: [4, 6]):
-        gathers = Gathers(torch.arange(18.0), parameters, layers, group, elements=6)
+        gathers = Gathers(torch.arange(30.0), parameters, [*layers, [parameters[5]]], group, elements=6)
     sent: list[tuple[list[float], int]] = []
-    works = [mock.Mock() for _ in range(3)]
+    works = [mock.Mock() for _ in range(5)]
 
     def send(part: Tensor, rank: int, group: Any, async_op: bool) -> Any:
         sent.append((part.tolist(), rank))
         return works[len(sent) - 1]
 
+    states = []
     with mock.patch.object(dist, "broadcast", send):
         gathers.begin()
-    # Partitions of 9; the last two elements are padding.
-    assert sent == [([*map(float, range(8))], 4), ([8.0], 4), ([*map(float, range(9, 16))], 6)]
-    waited = []
-    for layer in range(4):
-        gathers.wait_for(layer)
-        waited.append([work.wait.call_count for work in works])
-    assert waited == [[1, 0, 0]] * 3 + [[1, 1, 1]]
-    gathers.finish()
-    assert [work.wait.call_count for work in works] == [1, 1, 1]
+        assert sent == [([*map(float, range(8))], 4)]
+        for layer in range(6):
+            gathers.wait_for(layer)
+            states.append((len(sent), [work.wait.call_count for work in works], gathers.left))
+        gathers.finish()
+    # Partitions of 15: the second stretch, 8 to 16, is of both. The last two elements are padding.
+    assert sent[1:3] == [([*map(float, range(8, 15))], 4), ([15.0], 6)]
+    assert sent[3:] == [([*map(float, range(16, 22))], 6), ([*map(float, range(22, 28))], 6)]
+    assert states == [
+        (1, [1, 0, 0, 0, 0], 3),
+        (3, [1, 0, 0, 0, 0], 3),
+        (4, [1, 0, 0, 0, 0], 3),
+        (5, [1, 1, 1, 0, 0], 2),
+        (5, [1, 1, 1, 1, 0], 1),
+        (5, [1, 1, 1, 1, 1], 0),
+    ]
+    assert [work.wait.call_count for work in works] == [1] * 5
+
+
+def test_weights_that_no_layer_waited_for_are_sent_in_the_end() -> None:
+    parameters = [torch.nn.Parameter(torch.empty(4)) for _ in range(5)]
+    with mock.patch.object(dist, "get_process_group_ranks", lambda _: [0]):
+        gathers = Gathers(torch.zeros(20), parameters, [[one] for one in parameters], mock.Mock(), elements=1)
+    with mock.patch.object(dist, "broadcast") as message:
+        gathers.begin()
+        assert message.call_count == 2
+        gathers.finish()
+        assert (message.call_count, message.return_value.wait.call_count, gathers.left) == (5, 5, 0)
+        gathers.begin()
+        assert message.call_count == 7
