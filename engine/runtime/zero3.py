@@ -5,9 +5,10 @@ from __future__ import annotations
 import deepspeed
 import torch
 from deepspeed import comm as ds_comm
-from deepspeed.runtime.zero import linear as ds_linear
-from deepspeed.runtime.zero.utils import is_zero_param
-from torch import nn
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from torch import Tensor, nn
+from torch.nn import functional
 
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -59,14 +60,17 @@ def lend(model: Stack, loss: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(loss, parameter)
 
 
-def share_graphs() -> None:
-    """Let all compiled blocks have one graph: what they compute with is whole, so their linears need not ask.
+def spare_compiled_linears() -> None:
+    """Leave torch's linear to compiled blocks: what they compute with is whole, and DeepSpeed's is for what is not.
 
-    The backward pass of DeepSpeed's linear asks each weight whether it is cut. torch 2.11 then ties a graph to the
-    weight's number: a graph for each block, and none at all from the ninth on.
+    On torch 2.11 DeepSpeed's, which adds its bias in place, gives gradients of zero in a graph
+    (https://github.com/pytorch/pytorch/issues/180642). Its backward pass also asks the weight whether it is cut, which
+    ties the graph to that one: a graph for each block, and none at all from the ninth on.
     """
-    ds_linear.is_zero_param = _may_be_cut
+    functional.linear = _linear
 
 
-def _may_be_cut(parameter: object) -> bool:
-    return not torch.compiler.is_compiling() and is_zero_param(parameter)
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    linear = InsertPostInitMethodToModuleSubClasses.linear_bk if torch.compiler.is_compiling() else zero3_linear_wrap
+    found: Tensor = linear(input, weight, bias)
+    return found
