@@ -27,8 +27,11 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     """
     train, zero = cfg.train, cfg.zero
     buckets = {"reduce_bucket_size": bucket_elements(cfg), "allgather_bucket_size": zero.bucket_elements}
+    beside = overlaps(cfg, ctx)
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
+        # One replica has nothing to send, but DeepSpeed has the host wait for the stream of the layer before.
+        beside = zero.overlap_comm
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accum_steps,
@@ -36,7 +39,7 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
         "gradient_clipping": cfg.optim.clip_norm if clips_itself(cfg) else 0.0,
         "zero_optimization": {
             "stage": zero.stage,
-            "overlap_comm": overlaps(cfg, ctx) and ctx.device.type == "cuda",
+            "overlap_comm": beside and ctx.device.type == "cuda",
             "contiguous_gradients": not has_own_stage3(cfg),
             **buckets,
             **offload_config(cfg, ctx),

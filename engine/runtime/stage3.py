@@ -4,17 +4,22 @@ DeepSpeed's own copies a gradient into a bucket, that into another one in the or
 comes back to fp32, and adds that: with two ranks and bf16 42 bytes of memory traffic for an element of a shard, where
 10 will do. For a step it casts the sums to fp64 and reads them again for the norm, copies them, scales the copy, steps,
 and casts the weights: 70 bytes, where 34 will do.
+
+It also lets the host wait for the device after every backward pass, and with one replica before every layer. Here the
+host waits after a step, for the small parameters that are gathered then, and where it is two blocks ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.torch_autocast import sort_dtypes
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
@@ -22,7 +27,7 @@ from engine.dist.context import ParallelContext
 from engine.optim.flat_adamw import FlatAdamW
 from engine.runtime.buckets import averages_well
 from engine.runtime.gradients import counts, norm_of_shards
-from engine.runtime.mapped_shards import MappedShards
+from engine.runtime.mapped_shards import Arriving, MappedShards
 from engine_kernels.ops import accumulation
 
 _UNDER_WAY = 12
@@ -49,6 +54,10 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         optimizer.max_param_reduce_events = _UNDER_WAY
         optimizer._accumulate = accumulation(optimizer.fp16_groups[0][0].ds_tensor.device)
         optimizer.shards = None
+        if ctx.reduce.size == 1:
+            for group in optimizer.fp16_groups:
+                for parameter in group:
+                    parameter.all_gather_coalesced = _gather_from_one
 
     def _partition_all_parameters(self) -> None:
         """Let go of what is gathered, as every step and every new state begins, and wait until all ranks have."""
@@ -64,6 +73,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         group = self._get_param_partition_group(params_to_reduce[0])
         ranks = dist.get_world_size(group)
         assert gradient is not None
+        if ranks == 1:
+            return [parameter.grad.contiguous().view(-1) for parameter in params_to_reduce]
         if len(params_to_reduce) > 1 or gradient.numel() % ranks or gradient.dtype is not communication_data_type:
             found: list[Tensor] = super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
                 params_to_reduce, communication_data_type
@@ -89,8 +100,20 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
                 parameter.grad.record_stream(torch.cuda.current_stream())
             parameter.grad = None
 
+    def independent_gradient_partition_epilogue(self) -> None:
+        """After a backward pass: reduce what is left. The next pass begins meanwhile; a step or a reader waits."""
+        for dtype in sort_dtypes(self.ipg_buckets):
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+        self.params_already_reduced.update(dict.fromkeys(self.params_already_reduced, False))
+        sums = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for number, group in enumerate(self.fp16_groups):
+            self.averaged_gradients[number] = [sums[parameter.ds_id] for parameter in group]
+        self._epilogue_ran_this_backward = True
+
     def _get_norm_groups(self) -> list[Tensor]:
         """The global norm of the gradients times the loss scale. Collective."""
+        if self.reduce_and_partition_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.reduce_and_partition_stream)
         return [norm_of_shards(self._counted(), self._ctx)]
 
     def _counted(self) -> Iterator[Tensor]:
@@ -143,3 +166,14 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             self._has_weights.remove(sub_group_id)
         else:
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
+
+
+def _gather_from_one(params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Arriving:
+    """Stands for `all_gather_coalesced` of a parameter whose one part is the whole."""
+    parameters = list(params)
+    for parameter in parameters:
+        if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+            raise RuntimeError(parameter.ds_summary())
+        parameter.ds_status = ZeroParamStatus.INFLIGHT
+        parameter.data = parameter.ds_tensor.view(parameter.ds_shape)
+    return Arriving(parameters)

@@ -89,6 +89,11 @@ def test_three_ranks_that_divide_nothing_evenly() -> None:
         agree(ours, expected)
 
 
+def test_one_rank_has_nothing_to_gather_or_scatter() -> None:
+    ((ours, expected),) = run_ranks(both, 1, (["zero.bucket_elements=100000"], True, True), timeout_s=200)
+    agree(ours, expected)
+
+
 def test_whole_parameters_of_tensor_parallel_ranks_count_once() -> None:
     for ours, expected in run_ranks(both, 2, (["parallel.tp=2"], False, True), timeout_s=200):
         agree(ours, expected)

@@ -36,6 +36,13 @@ def test_memory_is_pinned_only_for_gpus() -> None:
     assert emitted(*words, "zero.pin_memory=false")["zero_optimization"]["offload_param"]["pin_memory"] is False
 
 
+def test_one_replica_overlaps_with_nothing_but_layers_of_stage_3() -> None:
+    found = [emitted(*words)["zero_optimization"]["overlap_comm"] for words in (["zero=z3"], ["zero=z2"])]
+    assert found == [True, False]
+    assert emitted("zero=z3", "zero.overlap_comm=false")["zero_optimization"]["overlap_comm"] is False
+    assert emitted("zero=z3", device="cpu")["zero_optimization"]["overlap_comm"] is False
+
+
 def test_nvme_names_its_folder() -> None:
     words = ("zero=z3", "zero.offload_optimizer=nvme", "zero.offload_params=nvme", "zero.nvme_path=/disk")
     keys = emitted(*words)["zero_optimization"]
