@@ -150,6 +150,14 @@ CASES: dict[str, Case] = {
             targets=(Target(Kind.case, 0.90, "zero1_llama_8b_fp32_2gpus"),),
             reference_step=0,
         ),
+        Case("zero1_llama_8b_16_layers", (*_LLAMA_8B, "model.num_layers=16"), reference_step=0),
+        Case(
+            # Nothing is sent: what the partitioned layers themselves cost.
+            "zero3_llama_8b_16_layers",
+            (*_LLAMA_8B, "model.num_layers=16", "zero=z3"),
+            targets=(Target(Kind.case, 0.97, "zero1_llama_8b_16_layers"),),
+            reference_step=0,
+        ),
         Case("zero1_gpt_2_8b_2gpus", (*_GPT_2_8B, "train.accum_steps=4"), gpus=2, reference_step=0),
         Case(
             "zero3_gpt_2_8b_2gpus",
