@@ -6,7 +6,7 @@ comes back to fp32, and adds that: with two ranks and bf16 42 bytes of memory tr
 and casts the weights: 70 bytes, where 34 will do.
 
 It also lets the host wait for the device after every backward pass, and with one replica before every layer. Here the
-host waits after a step, for the small parameters that are gathered then, and where it is two blocks ahead.
+host waits in a step, for the norm and the small parameters that are gathered then, and where it is two blocks ahead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ZeRO-3 on a GPU: the host waits after a step only, and a step for what the last backward pass left under way."""
+"""ZeRO-3 on a GPU: the host waits in a step only, and a step for what the last backward pass left under way."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def waits() -> Counter[str]:
     return found
 
 
-def test_the_host_waits_after_a_step_only() -> None:
+def test_the_host_waits_in_a_step_only() -> None:
     (found,) = run_ranks(waits, 1, backend="nccl", timeout_s=120)
     assert found <= Counter({"torch.cuda": 1}), found
