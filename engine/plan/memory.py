@@ -66,8 +66,9 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     NVMe is in neither. Streamed state leaves the gradients on the device; host: r (fp32 weights and state, or with
     precision.states=bf16 weights e P and the half of the state, and with a delay fp32 gradients) / n.
     buffers: with n > 1 a reduce bucket of e bytes per element, two with overlap_comm and pp=1; at ZeRO 3 the two
-    largest neighbouring layers too, gathered, and without offload their gradients, made and reduced. Rotary angles are
-    buffers too, fp32. snapshot: fp32 weights and state, / n at every stage, where the run writes checkpoints.
+    largest neighbouring layers too, gathered, and without offload, with n = 1 too, their gradients, made and reduced.
+    Rotary angles are buffers too, fp32. snapshot: fp32 weights and state, / n at every stage, where the run writes
+    checkpoints.
     activations: `activation_bytes` over the schedule, inputs: those of it in host memory. logits: `loss_bytes` on the
     rank of the head. working: `working_bytes`, less the logits, which are gone when blocks are differentiated.
     """
@@ -159,13 +160,15 @@ def step_timeline(cfg: Config) -> Timeline:
 
 
 def _buffer_elements(cfg: Config, shards: int, held: dict[str, int]) -> int:
-    """Elements of the buckets that ZeRO communicates in, and of the two layers that stage 3 gathers: one ahead."""
-    if cfg.zero.stage == 0 or shards == 1:
-        return 0
-    buckets = 2 if cfg.zero.overlap_comm and cfg.parallel.pp == 1 else 1
+    """Elements of the buckets that ZeRO communicates in, and of two layers that stage 3 gathers, one ahead, and as many
+    of gradients that wait to be reduced, or with one replica to be added up.
+    """
     layers = list(held.values())
     gathered = max(map(sum, zip(layers, [*layers[1:], 0], strict=True))) if cfg.zero.stage == 3 else 0
     waiting = gathered if has_own_stage3(cfg) else 0
+    if cfg.zero.stage == 0 or shards == 1:
+        return waiting
+    buckets = 2 if cfg.zero.overlap_comm and cfg.parallel.pp == 1 else 1
     return buckets * min(bucket_elements(cfg), sum(held.values())) + gathered + waiting
 
 

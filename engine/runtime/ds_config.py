@@ -27,11 +27,10 @@ def deepspeed_config(cfg: Config, ctx: ParallelContext) -> dict[str, Any]:
     """
     train, zero = cfg.train, cfg.zero
     buckets = {"reduce_bucket_size": bucket_elements(cfg), "allgather_bucket_size": zero.bucket_elements}
-    beside = overlaps(cfg, ctx)
     if zero.stage == 3:
         del buckets["allgather_bucket_size"]
-        # One replica has nothing to send, but DeepSpeed has the host wait for the stream of the layer before.
-        beside = zero.overlap_comm
+    # One replica has nothing to send, but DeepSpeed has the host wait for the stream of the layer before.
+    beside = zero.overlap_comm if has_own_stage3(cfg) else overlaps(cfg, ctx)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accum_steps,

@@ -288,6 +288,7 @@ def test_logits_stand_on_the_rank_of_the_head() -> None:
 def test_buckets_are_no_larger_than_what_they_hold() -> None:
     count = total_parameters(make().model)
     assert memory(make(), 1, 0).buffers == 0
+    assert memory(make(zero__stage=3), 1, 0).buffers == 4 * 2 * 28272
     assert memory(make(), 2, 0).buffers == 2 * 4 * count
     assert memory(make(zero__bucket_elements=100, zero__overlap_comm=False), 2, 0).buffers == 400
     assert memory(make(zero__bucket_elements=100, zero__stage=3), 2, 0).buffers == 4 * (2 * 100 + 4 * 28272)

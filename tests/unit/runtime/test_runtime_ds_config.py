@@ -41,6 +41,8 @@ def test_one_replica_overlaps_with_nothing_but_layers_of_stage_3() -> None:
     assert found == [True, False]
     assert emitted("zero=z3", "zero.overlap_comm=false")["zero_optimization"]["overlap_comm"] is False
     assert emitted("zero=z3", device="cpu")["zero_optimization"]["overlap_comm"] is False
+    # Its layers come from the host, which would run ahead of the device and fill it with them.
+    assert emitted("zero=z3_offload")["zero_optimization"]["overlap_comm"] is False
 
 
 def test_nvme_names_its_folder() -> None:
