@@ -23,6 +23,15 @@ import torch.distributed as dist
 _POLL_S = 0.02
 _GRACE_S = 3.0
 PRELOAD = ["torch", "torch.distributed", "numpy"]
+_SHARING = "cpu:gloo,cuda:gloo"
+"""Backend of ranks that share GPUs, of which NCCL wants one for each rank."""
+
+
+def backend_of(device_type: str, world_size: int) -> str:
+    """Backend for so many local ranks on `cpu` or `cuda`: on fewer GPUs they share them, for correctness alone."""
+    if device_type == "cpu":
+        return "gloo"
+    return "nccl" if torch.cuda.device_count() >= world_size else _SHARING
 
 
 class RankFailure(RuntimeError):
@@ -42,7 +51,8 @@ def run_ranks(
     """Call `fn(*args)` in `world_size` processes that share a process group; results in rank order.
 
     On the CPU ranks are forked from a server that has already imported torch and `preload`, which makes them start in a
-    fraction of a second, with one thread each; on NCCL they are spawned, one per GPU.
+    fraction of a second, with one thread each; on NCCL they are spawned, one per GPU. Ranks that share GPUs are spawned
+    too; their collectives pass through host memory, and memory is mapped of each other as between GPUs.
 
     Args:
         fn: importable by name in a fresh process. Its result must be picklable.
@@ -126,13 +136,16 @@ def _rank_main(rank: int, world_size: int, backend: str, name: str, timeout_s: f
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    local = rank if backend != _SHARING else rank % torch.cuda.device_count()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
+        if backend in ("nccl", _SHARING):
+            torch.cuda.set_device(local)
         else:
             torch.set_num_threads(1)
+        if backend == _SHARING:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         dist.init_process_group(
             backend,
             init_method=f"file://{folder}/store",

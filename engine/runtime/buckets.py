@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def averages_well(x: Tensor, ranks: int) -> bool:
-    """Whether the backend of `x` averages itself, and rightly: NCCL multiplies by 1 / ranks, rounded to the dtype.
+def averages_well(dtype: torch.dtype, group: dist.ProcessGroup) -> bool:
+    """Whether the backend of `group` averages itself, and rightly: NCCL multiplies by 1 / ranks, rounded to the dtype.
 
     For three ranks and bf16 that would be 0.2 % too much.
     """
-    return x.is_cuda and (x.dtype is torch.float32 or ranks & (ranks - 1) == 0)
+    ranks = group.size()
+    return dist.get_backend(group) == "nccl" and (dtype is torch.float32 or ranks & (ranks - 1) == 0)
 
 
 class Buckets:

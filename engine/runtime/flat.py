@@ -81,7 +81,7 @@ class FlatOptimizer(BF16_Optimizer):
                 [parameter.numel() for parameter in self.bf16_groups[self._largest]],
                 self.dp_process_group,
                 bucket_elements,
-                average=averages_well(self.fp32_groups_gradients_flat[self._largest], ctx.reduce.size),
+                average=averages_well(self.fp32_groups_gradients_flat[self._largest].dtype, self.dp_process_group),
             )
         self._gathers: Gathers | None = None
         self._runs: list[list[tuple[int, int]]] | None = None
@@ -125,7 +125,7 @@ class FlatOptimizer(BF16_Optimizer):
         for index, (whole, mine) in enumerate(
             zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True)
         ):
-            average = averages_well(whole, self._ctx.reduce.size)
+            average = averages_well(whole.dtype, self.dp_process_group)
             if self._buckets is not None and index == self._largest:
                 self._buckets.finish()
             elif whole.is_cuda:

@@ -82,7 +82,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             return found
         whole = gradient.contiguous().view(-1)
         mine = whole.new_empty(whole.numel() // ranks)
-        average = averages_well(whole, ranks)
+        average = averages_well(whole.dtype, group)
         operation = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
         dist.reduce_scatter_tensor(mine, whole if average else whole.div_(ranks), op=operation, group=group)
         return [mine]

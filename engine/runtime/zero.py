@@ -28,7 +28,7 @@ from engine.runtime.offload import begin_step, make_optimizer, set_rate
 from engine.runtime.shards import attach_pieces
 from engine.runtime.state import adopt_state, read_state
 from engine.runtime.steps import make_feeds, recomputation, sum_of_shares
-from engine.runtime.zero3 import Partitioner, lend, spare_compiled_linears
+from engine.runtime.zero3 import Partitioner, lend, replace_linear
 from engine_kernels.ops import AdamWFn
 
 
@@ -53,7 +53,7 @@ class ZeroRunner:
         if wants_compile(cfg, ctx.device):
             compile_parts(model, loss, deterministic=cfg.kernels.deterministic, hooked=cfg.zero.stage == 3)
         if cfg.zero.stage == 3:
-            spare_compiled_linears()
+            replace_linear()
             lend(model, loss)
         whole = ModelWithLoss(model, loss).to(ctx.device)
         self._ds = Engine(whole, make_optimizer(whole.parameters(), cfg, ctx, adamw_step), cfg, ctx, axes)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     base = load([*DEFAULTS, *overrides])
     base.precision.dtype = DType[options.dtype]
     domains = {name: getattr(options, name) for name in (*LAYOUT, *FREE)}
-    _leave_out(domains, resolve_device_type(base.train.device))
+    _leave_out(domains, resolve_device_type(base.train.device), options.share_gpus)
     found = refusal(base, Case(world=1))
     if found:
         raise ConfigError(found)
@@ -83,12 +83,12 @@ def main(argv: Sequence[str]) -> int:
     return _conclude(rows, limits(base.precision.dtype), options.json)
 
 
-def _leave_out(domains: dict[str, Any], device_type: str) -> None:
-    """Without what this machine cannot start: on GPUs at most one rank for each; offload needs a compiled extension."""
+def _leave_out(domains: dict[str, Any], device_type: str, share_gpus: bool) -> None:
+    """Without what this machine cannot start: ranks on a GPU of another; offload, which needs a compiled extension."""
     gpus = torch.cuda.device_count() if device_type == "cuda" else max(domains["world"])
     more = [world for world in domains["world"] if world > gpus]
-    if more:
-        say(f"parity: {gpus} GPUs here, so no layouts of {more} ranks; train.device=cpu runs them on the CPU")
+    if more and not share_gpus:
+        say(f"parity: {gpus} GPUs here, so no layouts of {more} ranks; they run with --share-gpus or train.device=cpu")
         domains["world"] = [world for world in domains["world"] if world <= gpus]
     extensions.export()
     if "cpu" in domains["offload"] and not extensions.usable("cpu_adam"):
@@ -153,6 +153,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     parser.add_argument("--cases", type=int, help=f"number of cases (default {ALL})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} cases, which cover most pairs of values")
+    parser.add_argument(
+        "--share-gpus",
+        action="store_true",
+        help="ranks without a GPU of their own share one, over gloo; pipelines need "
+        "parallel.pipeline_transport=copy_engine, since gloo sends nothing from GPU to GPU",
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--dtype", choices=[str(dtype) for dtype in DType], default="fp32", help="default fp32")
     parser.add_argument("--json", default="runs/parity.json", help="where the rows go (default runs/parity.json)")

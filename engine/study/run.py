@@ -20,7 +20,7 @@ from engine.config.enums import DType
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
 from engine.dist.init import resolve_device_type, set_numerics
-from engine.dist.spawn import RankFailure, run_ranks
+from engine.dist.spawn import RankFailure, backend_of, run_ranks
 from engine.observe.log import quiet_libraries, say
 from engine.observe.progress import human_time
 from engine.study.cases import Case, alone, configure, model_key, oracle_config
@@ -110,7 +110,7 @@ def _start(
     fn: Callable[..., Any], world: int, args: tuple[object, ...], device_type: str, timeout_s: float
 ) -> list[Comparison]:
     """What rank 0 of `world` ranks returns."""
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend = backend_of(device_type, world)
     found: list[Comparison] = run_ranks(fn, world, args, backend=backend, timeout_s=timeout_s, preload=PRELOAD)[0]
     return found
 

@@ -1,17 +1,22 @@
-"""ZeRO-3 on a GPU: the host waits in a step only, and a step for what the last backward pass left under way."""
+"""ZeRO-3 on a GPU next to DeepSpeed's: a step waits for what the last pass left under way, the host in a step only."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from engine.config import derived
 from engine.config.load import load
+from engine.dist.context import ParallelContext
+from engine.runtime import ds_config, ds_engine, stage3
 from engine.runtime.stage3 import Stage3
 from tests.helpers.ranks import run_ranks
 from tests.ranks.test_flat import WORDS, Run
@@ -38,34 +43,43 @@ def late(method: Any) -> Any:
     return entered
 
 
-def done(method: Any) -> Any:
-    """`method`, after which the host waits for the device."""
-
-    def entered(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        torch.cuda.synchronize()
-        return result
-
-    return entered
+def exact_norm(shards: Iterable[Tensor], ctx: ParallelContext) -> Tensor:
+    """The norm as DeepSpeed takes it: in fp64, where ours adds up in fp32 on a GPU."""
+    total = sum((shard.double().square().sum() for shard in shards), torch.zeros((), device=ctx.device))
+    dist.all_reduce(total)
+    return total.sqrt()
 
 
-def trained(name: str, how: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Losses and norms of four steps, and masters after them."""
-    with mock.patch.object(Stage3, name, how(getattr(Stage3, name))):
+def trained(ours: bool, exact: bool) -> tuple[list[Any], dict[str, Any]]:
+    """Losses and norms of four steps, and masters after them; ours with sums that are late."""
+    with ExitStack() as stack:
+        if ours:
+            stack.enter_context(mock.patch.object(Stage3, "partition_grads", late(Stage3.partition_grads)))
+        else:
+            for module in (derived, ds_config, ds_engine):
+                stack.enter_context(mock.patch.object(module, "has_own_stage3", lambda cfg: False))
+        if exact:
+            stack.enter_context(mock.patch.object(stage3, "norm_of_shards", exact_norm))
         run = Run(load([*WORDS, *CUDA, *SIZES]), 1, one_pass=False, device=torch.device("cuda", 0))
-        assert isinstance(run.engine._ds.optimizer, Stage3)
+        assert isinstance(run.engine._ds.optimizer, Stage3) == ours
         curve = [run.step(number) for number in range(4)]
         return curve, {name: value.cpu() for name, value in run.weights().items()}
 
 
-def both() -> list[Any]:
-    return [trained("partition_grads", late), trained("independent_gradient_partition_epilogue", done)]
+def three() -> list[Any]:
+    return [trained(True, True), trained(True, False), trained(False, False)]
 
 
-def test_a_step_waits_for_sums_that_are_late() -> None:
-    (((curve, weights), (expected, others)),) = run_ranks(both, 1, backend="nccl", timeout_s=200)
-    assert curve == expected
-    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+def test_the_bits_are_deepspeeds_when_sums_are_late() -> None:
+    ((exact, ours, theirs),) = run_ranks(three, 1, backend="nccl", timeout_s=200)
+    for (loss, norm), (other, expected) in zip(exact[0], theirs[0], strict=True):
+        assert loss == other
+        assert norm == pytest.approx(expected, rel=1e-12)
+    assert all(torch.equal(value, theirs[1][name]) for name, value in exact[1].items())
+    # With the norm as it is: the gradients of the first step are equal, so the norm says how it is rounded.
+    (loss, norm), (other, expected) = ours[0][0], theirs[0][0]
+    assert loss == other
+    assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def waits() -> Counter[str]:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from engine.dist.spawn import RankFailure
+from engine.dist.spawn import RankFailure, backend_of
 from engine.dist.spawn import run_ranks as _run_ranks
 from engine.study.parity import PRELOAD
 
-__all__ = ["RankFailure", "run_ranks"]
+__all__ = ["RankFailure", "backend_of", "run_ranks"]
 
 run_ranks: Callable[..., list[Any]] = partial(_run_ranks, preload=PRELOAD)

@@ -65,12 +65,13 @@ def test_more_ranks_than_gpus_are_left_out_with_a_word(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     domains = {"world": [1, 2, 4, 8], "offload": ["none"]}
-    parity._leave_out(domains, "cuda")
+    parity._leave_out(domains, "cuda", share_gpus=False)
     assert domains["world"] == [1, 2]
-    assert "2 GPUs here, so no layouts of [4, 8] ranks" in capsys.readouterr().out
-    domains = {"world": [1, 8], "offload": ["none"]}
-    parity._leave_out(domains, "cpu")
-    assert domains["world"] == [1, 8]
+    assert "2 GPUs here, so no layouts of [4, 8] ranks; they run with --share-gpus" in capsys.readouterr().out
+    for device_type, share_gpus in (("cpu", False), ("cuda", True)):
+        domains = {"world": [1, 8], "offload": ["none"]}
+        parity._leave_out(domains, device_type, share_gpus)
+        assert domains["world"] == [1, 8]
 
 
 def test_offload_without_a_compiler_is_left_out_with_a_word(
