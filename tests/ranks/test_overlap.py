@@ -36,7 +36,7 @@ def axis_of(how: TpOverlap) -> AxisGroup:
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn.to("cuda" if dist.get_backend() == "nccl" else "cpu", dtype)
+    return drawn.to("cuda" if torch.cuda.is_initialized() else "cpu", dtype)
 
 
 class OverGloo:
