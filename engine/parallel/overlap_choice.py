@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from engine.config.enums import TpOverlap
 from engine.dist.context import AxisGroup
@@ -18,7 +19,7 @@ def choose_overlap(asked: TpOverlap, tp: AxisGroup, device: torch.device) -> TpO
     if tp.group is None:
         return TpOverlap.none
     if asked is TpOverlap.auto:
-        return TpOverlap.chunked if device.type == "cuda" else TpOverlap.none
+        return TpOverlap.chunked if dist.get_backend(tp.group) == "nccl" else TpOverlap.none
     if asked is TpOverlap.symmetric:
         require_mapped(tp, device, "parallel.tp_overlap", "symmetric", "chunked")
     return asked

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.config.enums import DType
+from engine.config.enums import DType, Transport
 from engine.config.load import load
 from engine.data import prepare
 from engine.dist.init import resolve_device_type
@@ -56,8 +56,10 @@ def main(argv: Sequence[str]) -> int:
     base = load([*DEFAULTS, *overrides])
     base.precision.dtype = DType[options.dtype]
     domains = {name: getattr(options, name) for name in (*LAYOUT, *FREE)}
-    _leave_out(domains, resolve_device_type(base.train.device), options.share_gpus)
-    found = refusal(base, Case(world=1))
+    transport = base.parallel.pipeline_transport if options.share_gpus else None
+    _leave_out(domains, resolve_device_type(base.train.device), transport)
+    stages = domains["zero"]
+    found = refusal(base, Case(world=1, zero=1 if 1 in stages else stages[-1]))
     if found:
         raise ConfigError(found)
     space = Space(base, domains)
@@ -83,13 +85,20 @@ def main(argv: Sequence[str]) -> int:
     return _conclude(rows, limits(base.precision.dtype), options.json)
 
 
-def _leave_out(domains: dict[str, Any], device_type: str, share_gpus: bool) -> None:
-    """Without what this machine cannot start: ranks on a GPU of another; offload, which needs a compiled extension."""
+def _leave_out(domains: dict[str, Any], device_type: str, shared: Transport | None) -> None:
+    """Without what this machine cannot start: more ranks than GPUs; offload, which needs a compiled extension.
+
+    Args:
+        shared: ranks may share GPUs, and so pipelines send.
+    """
     gpus = torch.cuda.device_count() if device_type == "cuda" else max(domains["world"])
     more = [world for world in domains["world"] if world > gpus]
-    if more and not share_gpus:
+    if more and shared is None:
         say(f"parity: {gpus} GPUs here, so no layouts of {more} ranks; they run with --share-gpus or train.device=cpu")
         domains["world"] = [world for world in domains["world"] if world <= gpus]
+    elif more and shared is not Transport.copy_engine and max(domains["pp"]) > 1:
+        say("parity: no pipelines of ranks that share GPUs; parallel.pipeline_transport=copy_engine has them")
+        domains["pp"] = [1]
     extensions.export()
     if "cpu" in domains["offload"] and not extensions.usable("cpu_adam"):
         say("parity: DeepSpeed's CPU Adam is neither built nor can it be here, so no offload; 'make setup' builds it")
@@ -156,8 +165,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--share-gpus",
         action="store_true",
-        help="ranks without a GPU of their own share one, over gloo; pipelines need "
-        "parallel.pipeline_transport=copy_engine, since gloo sends nothing from GPU to GPU",
+        help="ranks without a GPU of their own share one, over gloo: right, but slow",
     )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--dtype", choices=[str(dtype) for dtype in DType], default="fp32", help="default fp32")

@@ -17,7 +17,8 @@ pytestmark = [
 ]
 WORDS = (
     "experiment=gpt2_124m_1gpu data=random data.seq_len=1024 model=gpt2_124m parallel.dp=1 train.accum_steps=2 "
-    "train.steps=4 optim.warmup_steps=1 train.eval_batches=0 checkpoint.save_final=false logging.plot=false"
+    "train.steps=4 kernels.deterministic=true optim.warmup_steps=1 train.eval_batches=0 checkpoint.save_final=false "
+    "logging.plot=false"
 )
 
 
@@ -37,7 +38,5 @@ def test_the_largest_that_fits_is_found_and_trains_as_if_it_had_been_typed(tmp_p
     octant(f"train.micro_batch={size} run.name=typed", tmp_path)
     rows = [(tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("found", "typed")]
     found, typed = ([json.loads(line)["loss"] for line in lines] for lines in rows)
-    assert found[0] == typed[0]
-    # Backward kernels of GPUs may add up in any order.
-    assert found == pytest.approx(typed, rel=1e-3)
+    assert found == typed
     assert json.loads(rows[0][-1])["peak_memory_gib"] <= 24 * 0.95

@@ -21,11 +21,18 @@ pytestmark = [
 def test_layouts_of_all_gpus_agree_with_one_process(
     world: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Pipelines send from GPU to GPU, over NCCL by default.
-    shared = [] if torch.cuda.device_count() >= world else ["--share-gpus", "--pp", "1"]
     out = tmp_path / "parity.json"
-    words = ["model=gpt_tiny", "train.device=cuda", "--worlds", str(world), "--quick", "--json", str(out)]
-    code = main(["parity", *words, *shared])
+    words = [
+        "model=gpt_tiny",
+        "train.device=cuda",
+        "--worlds",
+        str(world),
+        "--share-gpus",
+        "--quick",
+        "--json",
+        str(out),
+    ]
+    code = main(["parity", *words])
     assert code == 0, capsys.readouterr().out
     assert all(row["errors"]["gradient"] <= 1e-5 for row in json.loads(out.read_text())["cases"])
 

@@ -216,7 +216,8 @@ def test_a_block_is_one_graph() -> None:
 def choices() -> None:
     cpu, axis = torch.device("cpu"), axis_of(TpOverlap.none)
     assert choose_overlap(TpOverlap.auto, axis, cpu) is TpOverlap.none
-    assert choose_overlap(TpOverlap.auto, axis, torch.device("cuda", 0)) is TpOverlap.chunked
+    with patch.object(dist, "get_backend", return_value="nccl"):
+        assert choose_overlap(TpOverlap.auto, axis, torch.device("cuda", 0)) is TpOverlap.chunked
     assert choose_overlap(TpOverlap.chunked, axis, cpu) is TpOverlap.chunked
     assert choose_overlap(TpOverlap.symmetric, axis, torch.device("cuda", 0)) is TpOverlap.symmetric
     with pytest.raises(LaunchError, match=r"\[OCT515\].*this run is on CPUs\. Use parallel\.tp_overlap=auto"):

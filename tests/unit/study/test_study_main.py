@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.enums import Transport
 from engine.study import __main__ as study
 from engine.study import parity
 from engine.study.cases import Case
@@ -65,13 +66,15 @@ def test_more_ranks_than_gpus_are_left_out_with_a_word(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     domains = {"world": [1, 2, 4, 8], "offload": ["none"]}
-    parity._leave_out(domains, "cuda", share_gpus=False)
+    parity._leave_out(domains, "cuda", None)
     assert domains["world"] == [1, 2]
     assert "2 GPUs here, so no layouts of [4, 8] ranks; they run with --share-gpus" in capsys.readouterr().out
-    for device_type, share_gpus in (("cpu", False), ("cuda", True)):
-        domains = {"world": [1, 8], "offload": ["none"]}
-        parity._leave_out(domains, device_type, share_gpus)
+    for device_type, shared in (("cpu", None), ("cuda", Transport.copy_engine), ("cuda", Transport.auto)):
+        domains = {"world": [1, 8], "pp": [1, 2], "offload": ["none"]}
+        parity._leave_out(domains, device_type, shared)
         assert domains["world"] == [1, 8]
+        assert domains["pp"] == ([1] if shared is Transport.auto else [1, 2])
+    assert "parallel.pipeline_transport=copy_engine has them" in capsys.readouterr().out
 
 
 def test_offload_without_a_compiler_is_left_out_with_a_word(
@@ -79,7 +82,7 @@ def test_offload_without_a_compiler_is_left_out_with_a_word(
 ) -> None:
     monkeypatch.setattr(parity.extensions, "usable", lambda name: False)
     domains = {"world": [1], "offload": ["none", "cpu"]}
-    parity._leave_out(domains, "cpu")
+    parity._leave_out(domains, "cpu", None)
     assert domains["offload"] == ["none"]
     assert "so no offload; 'make setup' builds it" in capsys.readouterr().out
 
@@ -151,3 +154,16 @@ def test_a_dtype_is_asked_for_by_option(asked: list[Case], tmp_path: Path) -> No
     assert {case.zero for case in asked} == {1}, "the rules allow no 16 bits without ZeRO"
     report = json.loads(path.read_text())
     assert (report["dtype"], report["limits"]["gradient"]) == ("bf16", 2.0)
+
+
+def test_an_option_of_zero3_alone_is_no_mistake_where_zero3_alone_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parity, "resolve_device_type", lambda device: "cuda")
+    words = ["parity", "--list", "--cases", "1", "--tp", "1", "--context", "1", "--offload", "none"]
+    words += ["train.device=cuda", "zero.gather=copy_engine"]
+    assert study.main([*words, "--zero", "3"]) == 0
+    assert "zero3" in capsys.readouterr().out
+    assert study.main([*words, "--zero", "1"]) == 2
+    assert "[OCT320] zero.gather=copy_engine" in capsys.readouterr().err
