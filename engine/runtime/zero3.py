@@ -93,4 +93,7 @@ class _CutLinear(LinearFunctionForZeroStage3):
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(..., in), (out, in), (out,) -> (..., out)."""
-        return _torch_linear(input, weight, bias)
+        found = _torch_linear(input, weight, bias)
+        # torch's is a view of rows, and what an autograd function returns as a view may not be changed in place.
+        result: Tensor = torch.ops.aten._unsafe_view(found, found.shape)
+        return result
