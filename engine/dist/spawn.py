@@ -136,10 +136,10 @@ def _rank_main(rank: int, world_size: int, backend: str, name: str, timeout_s: f
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
-    local = rank if backend != _SHARING else rank % torch.cuda.device_count()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
+        local = rank if backend != _SHARING else rank % torch.cuda.device_count()
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world_size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         if backend in ("nccl", _SHARING):
             torch.cuda.set_device(local)
         else:

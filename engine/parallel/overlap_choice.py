@@ -19,7 +19,8 @@ def choose_overlap(asked: TpOverlap, tp: AxisGroup, device: torch.device) -> TpO
     if tp.group is None:
         return TpOverlap.none
     if asked is TpOverlap.auto:
-        return TpOverlap.chunked if dist.get_backend(tp.group) == "nccl" else TpOverlap.none
+        sends = device.type == "cuda" and dist.get_backend(tp.group) == "nccl"
+        return TpOverlap.chunked if sends else TpOverlap.none
     if asked is TpOverlap.symmetric:
         require_mapped(tp, device, "parallel.tp_overlap", "symmetric", "chunked")
     return asked

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from engine.config.enums import DType, Transport
+from engine.config.enums import DType, TpOverlap, Transport
 from engine.config.load import load
+from engine.config.schema import ParallelConfig
 from engine.data import prepare
 from engine.dist.init import resolve_device_type
 from engine.errors import ConfigError, LaunchError
@@ -56,12 +57,10 @@ def main(argv: Sequence[str]) -> int:
     base = load([*DEFAULTS, *overrides])
     base.precision.dtype = DType[options.dtype]
     domains = {name: getattr(options, name) for name in (*LAYOUT, *FREE)}
-    transport = base.parallel.pipeline_transport if options.share_gpus else None
-    _leave_out(domains, resolve_device_type(base.train.device), transport)
-    stages = domains["zero"]
-    found = refusal(base, Case(world=1, zero=1 if 1 in stages else stages[-1]))
-    if found:
-        raise ConfigError(found)
+    _leave_out(domains, resolve_device_type(base.train.device), base.parallel if options.share_gpus else None)
+    found = [refusal(base, Case(world=1, zero=stage)) for stage in domains["zero"]]
+    if all(found):
+        raise ConfigError(found[0])
     space = Space(base, domains)
     if not len(space):
         raise LaunchError.of(
@@ -85,20 +84,25 @@ def main(argv: Sequence[str]) -> int:
     return _conclude(rows, limits(base.precision.dtype), options.json)
 
 
-def _leave_out(domains: dict[str, Any], device_type: str, shared: Transport | None) -> None:
+def _leave_out(domains: dict[str, Any], device_type: str, shared: ParallelConfig | None) -> None:
     """Without what this machine cannot start: more ranks than GPUs; offload, which needs a compiled extension.
 
     Args:
-        shared: ranks may share GPUs, and so pipelines send.
+        shared: how ranks send, if they may share GPUs: over gloo, from GPU to GPU nothing.
     """
     gpus = torch.cuda.device_count() if device_type == "cuda" else max(domains["world"])
     more = [world for world in domains["world"] if world > gpus]
     if more and shared is None:
         say(f"parity: {gpus} GPUs here, so no layouts of {more} ranks; they run with --share-gpus or train.device=cpu")
         domains["world"] = [world for world in domains["world"] if world <= gpus]
-    elif more and shared is not Transport.copy_engine and max(domains["pp"]) > 1:
-        say("parity: no pipelines of ranks that share GPUs; parallel.pipeline_transport=copy_engine has them")
-        domains["pp"] = [1]
+    elif more and shared is not None:
+        for axis, fits, instead in (
+            ("pp", shared.pipeline_transport is Transport.copy_engine, "parallel.pipeline_transport=copy_engine"),
+            ("tp", shared.tp_overlap is not TpOverlap.chunked, "parallel.tp_overlap=symmetric"),
+        ):
+            if not fits and max(domains[axis]) > 1:
+                say(f"parity: {gpus} GPUs for {max(more)} ranks, so {axis}=1 alone; {instead} allows more")
+                domains[axis] = [degree for degree in domains[axis] if degree == 1]
     extensions.export()
     if "cpu" in domains["offload"] and not extensions.usable("cpu_adam"):
         say("parity: DeepSpeed's CPU Adam is neither built nor can it be here, so no offload; 'make setup' builds it")

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-HOW = (TpOverlap.none, TpOverlap.symmetric)
+HOW: tuple[TpOverlap, ...] = (TpOverlap.none, TpOverlap.symmetric)
 if torch.cuda.device_count() > 1:
     # Sends over NCCL.
     HOW = (*HOW, TpOverlap.chunked)

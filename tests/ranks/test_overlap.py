@@ -215,7 +215,8 @@ def test_a_block_is_one_graph() -> None:
 
 def choices() -> None:
     cpu, axis = torch.device("cpu"), axis_of(TpOverlap.none)
-    assert choose_overlap(TpOverlap.auto, axis, cpu) is TpOverlap.none
+    for device in (cpu, torch.device("cuda", 0)):
+        assert choose_overlap(TpOverlap.auto, axis, device) is TpOverlap.none, "gloo sends nothing from a GPU"
     with patch.object(dist, "get_backend", return_value="nccl"):
         assert choose_overlap(TpOverlap.auto, axis, torch.device("cuda", 0)) is TpOverlap.chunked
     assert choose_overlap(TpOverlap.chunked, axis, cpu) is TpOverlap.chunked

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.enums import Transport
+from engine.config.load import load
 from engine.study import __main__ as study
 from engine.study import parity
 from engine.study.cases import Case
 from engine.study.compare import Comparison
 from engine.study.run import judge
 
+Capture = pytest.CaptureFixture[str]
 ONE = {"--tp": "1", "--context": "1", "--schedules": "one_f_one_b", "--accum": "4", "--offload": "none"}
 ONE |= {
     "--flavours": "gpt2",
@@ -69,12 +70,32 @@ def test_more_ranks_than_gpus_are_left_out_with_a_word(
     parity._leave_out(domains, "cuda", None)
     assert domains["world"] == [1, 2]
     assert "2 GPUs here, so no layouts of [4, 8] ranks; they run with --share-gpus" in capsys.readouterr().out
-    for device_type, shared in (("cpu", None), ("cuda", Transport.copy_engine), ("cuda", Transport.auto)):
-        domains = {"world": [1, 8], "pp": [1, 2], "offload": ["none"]}
-        parity._leave_out(domains, device_type, shared)
-        assert domains["world"] == [1, 8]
-        assert domains["pp"] == ([1] if shared is Transport.auto else [1, 2])
-    assert "parallel.pipeline_transport=copy_engine has them" in capsys.readouterr().out
+    domains = {"world": [1, 8], "offload": ["none"]}
+    parity._leave_out(domains, "cpu", None)
+    assert domains["world"] == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("words", "pp", "tp", "said"),
+    [
+        ([], [1], [1, 2], "so pp=1 alone; parallel.pipeline_transport=copy_engine allows more"),
+        (["parallel.pipeline_transport=copy_engine"], [1, 2], [1, 2], ""),
+        (["parallel.tp_overlap=chunked"], [1], [1], "so tp=1 alone; parallel.tp_overlap=symmetric allows more"),
+    ],
+    ids=["auto", "copy engines", "chunked"],
+)
+def test_ranks_that_share_gpus_send_nothing_over_nccl(
+    words: list[str], pp: list[int], tp: list[int], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    domains = {"world": [1, 8], "pp": [1, 2], "tp": [1, 2], "offload": ["none"]}
+    parity._leave_out(domains, "cuda", load([*parity.DEFAULTS, "model=gpt_tiny", *words]).parallel)
+    assert (domains["world"], domains["pp"], domains["tp"]) == ([1, 8], pp, tp)
+    assert said in capsys.readouterr().out
+    for fewer in ([1], [1, 2]):
+        domains = {"world": fewer, "pp": [2], "tp": [2], "offload": ["none"]}
+        parity._leave_out(domains, "cuda", load([*parity.DEFAULTS, "model=gpt_tiny", *words]).parallel)
+        assert domains["pp"] == [2], "there is a GPU for each rank"
 
 
 def test_offload_without_a_compiler_is_left_out_with_a_word(
@@ -163,7 +184,8 @@ def test_an_option_of_zero3_alone_is_no_mistake_where_zero3_alone_is_asked(
     monkeypatch.setattr(parity, "resolve_device_type", lambda device: "cuda")
     words = ["parity", "--list", "--cases", "1", "--tp", "1", "--context", "1", "--offload", "none"]
     words += ["train.device=cuda", "zero.gather=copy_engine"]
-    assert study.main([*words, "--zero", "3"]) == 0
-    assert "zero3" in capsys.readouterr().out
+    for stages in ("3", "3,0", "0,3"):
+        assert study.main([*words, "--zero", stages]) == 0
+        assert "zero3" in capsys.readouterr().out
     assert study.main([*words, "--zero", "1"]) == 2
     assert "[OCT320] zero.gather=copy_engine" in capsys.readouterr().err
