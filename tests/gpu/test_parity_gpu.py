@@ -46,6 +46,7 @@ def test_compiled_blocks_of_zero3_agree_with_one_process(
     lists = [
         "--worlds",
         str(world),
+        "--share-gpus",
         "--zero",
         "3",
         "--accum",
