@@ -79,7 +79,8 @@ def run_cases(
                 )
             except RankFailure as error:
                 show(str(error))
-                found = [Comparison(problems=["its ranks failed or hung, see above; --timeout allows each case more seconds"]) for _ in same]
+                problem = "its ranks failed or hung, see above; --timeout allows each case more seconds"
+                found = [Comparison(problems=[problem]) for _ in same]
             for case, comparison in zip(same, found, strict=True):
                 rows.append(judge(case, comparison, dtype))
                 show(_line(rows[-1], kinds))
