@@ -101,7 +101,7 @@ COMMANDS = {
         run="mine",
         steps=80,
     ),
-    "python -m engine.train parallel=tp2 train.device=cpu data.seq_len=64 "
+    "python -m engine.train data=text data.source=texts data.seq_len=64 parallel=tp2 train.device=cpu "
     "checkpoint.initial_weights=runs/mine run.name=more": Plan(
         TINY, says=("Octant N: gpt_tiny, N parameters on N ranks = pp N x dp N x tp N, CPU",), run="more"
     ),
