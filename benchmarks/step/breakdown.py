@@ -18,7 +18,7 @@ PARTS = ("GEMM", "attention", "other kernels", COMMUNICATION, "optimizer", COPIE
 _ORDER = ("GEMM", "attention", "optimizer", "other kernels", COMMUNICATION, COPIES)
 """Of work that runs at the same time the first is counted."""
 _PATTERNS = (
-    (COMMUNICATION, r"nccl|symm_mem|one_shot_all|two_shot_all|multimem"),
+    (COMMUNICATION, r"nccl|^_link_(gather|reduce|scale)|symm_mem|one_shot_all|two_shot_all|multimem"),
     # Inductor names a kernel after all the operations in it, and a template after what it computes.
     ("attention", r"^triton_tem_.*attention"),
     ("GEMM", r"^triton_tem_.*mm"),

@@ -17,7 +17,7 @@ from benchmarks.step import systems
 from benchmarks.step.breakdown import NoDeviceEvents, Trace, breakdown, largest_kernels, longest_gaps
 from benchmarks.step.cases import Case
 from benchmarks.step.figures import facts, samples_of
-from benchmarks.step.systems import REFERENCE, Place, Record
+from benchmarks.step.systems import ONE_RANK, REFERENCE, Place, Record
 from benchmarks.step.words import Words
 from engine.config.load import config_hash, load
 from engine.config.schema import Config
@@ -113,9 +113,11 @@ class Contest:
         """Why a process of `name` is not begun."""
         if why := systems.missing(name):
             return why
-        gpus = systems.visible_gpus()
-        if gpus is not None and len(gpus) < self.case.gpus:
-            return f"needs {self.case.gpus} GPUs, and {len(gpus)} are visible"
+        if name == ONE_RANK and self.case.gpus == 1:
+            return "the case has one rank"
+        gpus, needed = systems.visible_gpus(), systems.gpus_of(name, self.case)
+        if gpus is not None and len(gpus) < needed:
+            return f"needs {needed} GPUs, and {len(gpus)} are visible"
         # The last one of this system says how long it takes.
         return self.budget.over if self.budget.left <= self._took.get(name, 0.0) else None
 
@@ -140,7 +142,8 @@ class Contest:
             rounds=len(records),
             warmup=case.warmup,
             peak_memory_gib=max(peaks, default=None),
-            losses={str(step): losses[step - 1] for step in steps},
+            # A rank alone has none that mean anything.
+            losses={} if name == ONE_RANK else {str(step): losses[step - 1] for step in steps},
             config_hash=config_hash(cfg),
             command=records[0].command,
             **found,

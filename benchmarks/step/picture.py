@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.step.breakdown import PARTS
 from benchmarks.step.results import Row
-from benchmarks.step.systems import SYSTEMS
+from benchmarks.step.systems import ONE_RANK, SYSTEMS
 
+_TIMED = [name for name in SYSTEMS if name != ONE_RANK]
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
 _SYSTEM = dict(
-    zip(SYSTEMS, ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000", "#999999"), strict=True)
+    zip(_TIMED, ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000", "#999999"), strict=True)
 )
 _PART = dict(zip(PARTS, ("#0072B2", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#DDDDDD"), strict=True))
 _ROW = 0.24
@@ -30,7 +31,7 @@ def draw(rows: Sequence[Row], folder: Path, caption: str) -> Path | None:
     Args:
         rows: of one kind of hardware.
     """
-    steps = [row for row in rows if row["metric"] == "step"]
+    steps = [row for row in rows if row["metric"] == "step" and row["system"] in _SYSTEM]
     profiled = [row for row in rows if row["metric"] == "breakdown" and row["parts"]]
     if not steps:
         return None

@@ -63,6 +63,8 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def _loss(row: Row, rows: Sequence[Row]) -> str:
     difference = loss_difference(row, rows)
+    if not row["losses"]:
+        return "none: one rank alone"
     if difference is None:
         step, loss = list(row["losses"].items())[-1]
         return f"{loss:.5f} at step {step}"

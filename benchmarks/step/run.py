@@ -11,6 +11,9 @@ A loss in fp32 of the same data and weights comes last, where it fits the budget
 alone, for rows of another call at the same commit. `--quick` makes tiny shapes, on a CPU too, with gloo between ranks:
 that shows that all runs, and measures nothing.
 
+`--systems octant_one_rank` runs the first rank of a case with several alone on one GPU (`engine.study rank`). That is
+not the case: it shows how fast the rank would be if it never waited.
+
 A step is timed from when the loss of the step before has been read to when its own has, which waits for the device.
 """
 
@@ -29,7 +32,7 @@ import torch
 from benchmarks.kernels.sheet import Sheet
 from benchmarks.step.cases import CASES, Case
 from benchmarks.step.contest import Budget, Contest
-from benchmarks.step.systems import REFERENCE, SYSTEMS
+from benchmarks.step.systems import ONE_RANK, REFERENCE, SYSTEMS
 from benchmarks.step.words import quick, words_of
 
 BUDGET_S = 580.0
@@ -62,7 +65,8 @@ def options_of(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--commit", required=True)
     parser.add_argument("--case", type=_of(CASES, "case"), required=True, help="names of --list")
     known = _of((*SYSTEMS, REFERENCE), "system")
-    parser.add_argument("--systems", type=known, default=list(SYSTEMS), help="default: all")
+    all_ranks = [name for name in SYSTEMS if name != ONE_RANK]
+    parser.add_argument("--systems", type=known, default=all_ranks, help=f"default: all but {ONE_RANK}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--budget-s", type=float, default=BUDGET_S, help=f"seconds of the call, {BUDGET_S:g} by default"

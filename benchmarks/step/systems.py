@@ -31,6 +31,8 @@ class System:
 
 
 OCTANT = "octant"
+ONE_RANK = "octant_one_rank"
+"""The first rank of a case with several, alone on one GPU. Its rows are not measurements of the case."""
 REFERENCE = "fp32 reference"
 SYSTEMS: dict[str, System] = {
     OCTANT: System("engine.train"),
@@ -40,6 +42,7 @@ SYSTEMS: dict[str, System] = {
     "hf_liger": System("benchmarks.step.hf", "liger", ("transformers", "liger_kernel")),
     "hf_deepspeed": System("benchmarks.step.hf_deepspeed", needs=("transformers", "deepspeed"), zero=True),
     "torchtitan": System("benchmarks.step.torchtitan", needs=("torchtitan",)),
+    ONE_RANK: System("engine.study"),
     "megatron": System(
         "",
         unavailable="megatron-core's fast layers are those of Transformer Engine, whose part for torch has no wheel; "
@@ -76,9 +79,14 @@ def missing(name: str) -> str | None:
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
+def gpus_of(name: str, case: Case) -> int:
+    """How many GPUs a system of a case runs on."""
+    return 1 if name in (ONE_RANK, REFERENCE) else case.gpus
+
+
 def overrides_of(name: str, words: Words) -> list[str]:
     """What a system of a case is configured with."""
-    if name == OCTANT:
+    if name in (OCTANT, ONE_RANK):
         return words.octant
     if name == REFERENCE:
         return words.reference
@@ -94,13 +102,14 @@ def measure(name: str, case: Case, words: Sequence[str], place: Place, *, profil
     """
     folder = place.folder
     log = folder / "logs" / f"{case.name}_{name.replace(' ', '_')}.log"
-    if name == OCTANT:
+    if name in (OCTANT, ONE_RANK):
         here = [f"run.dir={folder / 'runs'}", f"run.name={case.name}", "run.overwrite=true"]
-        command = ["-m", "engine.train", *words, "logging.every=1"]
-        why = process.run([sys.executable, *command, *here], log, place.seconds, _environment(case.gpus))
+        head = ["engine.train"] if name == OCTANT else ["engine.study", "rank", "--world", str(case.gpus)]
+        command = ["-m", *head, *words, "logging.every=1"]
+        why = process.run([sys.executable, *command, *here], log, place.seconds, _environment(gpus_of(name, case)))
         return why or _of_run(folder / "runs" / case.name, _text(command))
     system = SYSTEMS["plain"] if name == REFERENCE else SYSTEMS[name]
-    ranks = 1 if name == REFERENCE else case.gpus
+    ranks = gpus_of(name, case)
     out = folder / f"{case.name}.json"
     out.unlink(missing_ok=True)
     options = ["--variant", system.variant] if system.variant else []
@@ -121,7 +130,8 @@ def trace_of(name: str, case: Case, folder: Path) -> Path:
 
 
 def _profile_folder(name: str, case: Case, folder: Path) -> Path:
-    return folder / "runs" / case.name / "profile" if name == OCTANT else folder / "profiles" / case.name / name
+    own = name in (OCTANT, ONE_RANK)
+    return folder / "runs" / case.name / "profile" if own else folder / "profiles" / case.name / name
 
 
 def _of_run(folder: Path, command: str) -> Record:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from engine.checkpoint.commit import PARTIAL, commit
 from engine.checkpoint.manifest import COMPLETE, MANIFEST, ShardFile
 from engine.checkpoint.shard_file import Snapshot, Source, sources, write_shard
+from engine.dist import init
 from engine.errors import CheckpointError, EngineError
 from engine.observe.log import warn
 from engine.optim.state import WEIGHT
@@ -209,7 +210,7 @@ def _group() -> dist.ProcessGroup | None:
     """A group for the background alone; a wait ends when a rank takes hours longer than another."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+    return init.host_group(timedelta(hours=6))
 
 
 def _try(work: Callable[[], None]) -> str:

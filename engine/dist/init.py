@@ -15,6 +15,8 @@ from engine.errors import LaunchError
 
 DTYPES = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
 """Dtype of parameters and activations for each `precision.dtype`."""
+LOOPBACK = "loopback"
+"""Backend of a rank that is alone, see `engine.study.rank`."""
 
 
 def resolve_device_type(device: Device) -> str:
@@ -115,6 +117,18 @@ def init_process_group(env: LaunchEnv, device: torch.device, timeout_s: float) -
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def has_nccl(group: dist.ProcessGroup | None) -> bool:
+    """Whether messages of `group` are NCCL's, or pass for such."""
+    return dist.get_backend(group) in ("nccl", LOOPBACK)
+
+
+def host_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """Another group of all ranks, for tensors in host memory. Collective."""
+    backend = LOOPBACK if dist.get_backend() == LOOPBACK else "gloo"
+    group: dist.ProcessGroup | None = dist.new_group(backend=backend, timeout=timeout)
+    return group
 
 
 def require_equal_config(config_hash: str, data_fingerprint: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from engine.config.enums import TpOverlap
 from engine.dist.context import AxisGroup
+from engine.dist.init import has_nccl
 from engine.parallel.symmetric import require_mapped
 
 
@@ -19,7 +19,7 @@ def choose_overlap(asked: TpOverlap, tp: AxisGroup, device: torch.device) -> TpO
     if tp.group is None:
         return TpOverlap.none
     if asked is TpOverlap.auto:
-        sends = device.type == "cuda" and dist.get_backend(tp.group) == "nccl"
+        sends = device.type == "cuda" and has_nccl(tp.group)
         return TpOverlap.chunked if sends else TpOverlap.none
     if asked is TpOverlap.symmetric:
         require_mapped(tp, device, "parallel.tp_overlap", "symmetric", "chunked")

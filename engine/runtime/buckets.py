@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.dist.init import has_nccl
+
 
 def averages_well(dtype: torch.dtype, group: dist.ProcessGroup) -> bool:
     """Whether the backend of `group` averages itself, and rightly: NCCL multiplies by 1 / ranks, rounded to the dtype.
@@ -15,7 +17,7 @@ def averages_well(dtype: torch.dtype, group: dist.ProcessGroup) -> bool:
     For three ranks and bf16 that would be 0.2 % too much.
     """
     ranks = group.size()
-    return dist.get_backend(group) == "nccl" and (dtype is torch.float32 or ranks & (ranks - 1) == 0)
+    return has_nccl(group) and (dtype is torch.float32 or ranks & (ranks - 1) == 0)
 
 
 class Buckets:

@@ -1,14 +1,18 @@
-"""`python -m engine.study parity [options] [overrides]`."""
+"""`python -m engine.study STUDY [options] [overrides]`."""
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import import_module
 
 from engine.config import entry
+from engine.config.enums import Device
+from engine.dist.init import resolve_device_type
 from engine.errors import LaunchError, nearest
-from engine.study import network, parity, timeline
 
-STUDIES = {"parity": parity.main, "timeline": timeline.main, "network": network.main}
+STUDIES = ("parity", "timeline", "network", "rank")
+"""Modules of this package."""
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +26,10 @@ def _study(argv: list[str]) -> int:
         return 0
     if argv[0] not in STUDIES:
         raise LaunchError.of(520, "study", argv[0], "no such study", nearest(argv[0], STUDIES))
-    return STUDIES[argv[0]](argv[1:])
+    # Without a word DeepSpeed guesses its accelerator when a study imports it, and prints the guess.
+    os.environ.setdefault("DS_ACCELERATOR", resolve_device_type(Device.auto))
+    code: int = import_module(f"engine.study.{argv[0]}").main(argv[1:])
+    return code
 
 
 if __name__ == "__main__":

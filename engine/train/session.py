@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ from engine.train.checkpoints import beginnings, changed_options, fetch_missing,
 from engine.train.describe import describe
 from engine.train.hooks import standard_hooks
 from engine.train.kernels import choose_kernels
-from engine.train.loop import Cursor, StopRequested, fit
+from engine.train.loop import Cursor, Hook, StopRequested, fit
 from engine.train.stop import StopSignal
 
 T = TypeVar("T")
@@ -237,8 +237,18 @@ def open_rank(cfg: Config, *, empty: bool = False) -> tuple[Engine, Split]:
     return build_engine(cfg, ctx, empty=empty), open_data(cfg.data, cfg.model).train
 
 
-def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
+def run(
+    cfg: Config,
+    env: LaunchEnv,
+    *,
+    join: Callable[[LaunchEnv, torch.device, float], None] = init.init_process_group,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, Any]:
     """Train as this rank of the job; returns the summary that rank 0 writes to `summary.json`.
+
+    Args:
+        join: makes the process group.
+        hooks: called before those of a run.
 
     Raises:
         ConfigError: the host has no memory for the share of the state that its devices leave it (345).
@@ -253,7 +263,7 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     init.set_numerics(device, cfg.train.cpu_threads, env.local_world_size, tf32=cfg.precision.tf32)
     grid = Grid.from_config(cfg.parallel, env.world_size)
     data = prepare(cfg, device, verify=env.local_rank == 0)
-    init.init_process_group(env, device, cfg.train.timeout_s)
+    join(env, device, cfg.train.timeout_s)
     init.require_equal_config(config_hash(cfg), data.fingerprint)
     if streams(cfg) and cfg.zero.offload_ratio is None:
         # After hosts with different devices were found to have equal options, and before any rank takes memory.
@@ -276,7 +286,8 @@ def run(cfg: Config, env: LaunchEnv) -> dict[str, Any]:
     if writes_checkpoints(cfg):
         stop.install()
     try:
-        summary = fit(engine, data, cfg, standard_hooks(engine, data, cfg, folder, start, stop), start)
+        every = [*hooks, *standard_hooks(engine, data, cfg, folder, start, stop)]
+        summary = fit(engine, data, cfg, every, start)
     except StopRequested:
         # A launcher kills the others when the first rank leaves, and rank 0 may not be done.
         dist.barrier()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.dist import init
 from engine.observe.log import say
 from engine.train import early
 
@@ -25,7 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._group = init.host_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
         self._before: dict[signal.Signals, Any] = {}

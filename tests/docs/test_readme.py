@@ -130,6 +130,9 @@ COMMANDS = {
             "recompute: none N GiB, selective N GiB, full N GiB, of N GiB: train.recompute=none is the least that fits",
         )
     ),
+    "python -m engine.study rank --world 8 zero=z3 parallel.tp=2 train.device=cpu data.seq_len=64": Plan(
+        "train.steps=4", says=("one rank of N: N ms a step, median of N (N to N ms); N tok/s of each rank",)
+    ),
     "python -m engine.study timeline parallel=interleaved train.accum_steps=8 train.steps=4 train.device=cpu "
     "run.name=lanes": Plan("data=random data.seq_len=16"),
     "python -m engine.study parity --quick": Plan(PARITY, says=PARITY_SAYS),

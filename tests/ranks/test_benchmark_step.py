@@ -26,7 +26,7 @@ from tests.helpers.repo import ROOT
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CASE = "zero1_gpt_1_3b_accum8_2gpus"
-SYSTEMS = ("octant", "plain", "megatron")
+SYSTEMS = ("octant", "plain", "octant_one_rank", "megatron")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,13 @@ def test_all_systems_have_rows_and_equal_losses(folder: Path) -> None:
         assert (row["mfu_c"] is None) is not torch.cuda.is_available()
         assert (name, "breakdown") in rows
     assert "Transformer Engine" in rows["megatron", "unavailable"]["unavailable"]
-    assert len(rows) == 6
+    assert len(rows) == 8
+
+
+def test_one_rank_alone_has_times_and_no_losses(folder: Path) -> None:
+    row = rows_of(folder)["octant_one_rank", "step"]
+    assert (row["gpus"], row["n"], row["global_batch"], row["losses"]) == (2, 3, 8, {})
+    assert row["command"].startswith("python -m engine.study rank --world 2 data=random precision=fp32 zero=z1")
 
 
 def test_rows_name_commands_and_no_folder_of_this_machine(folder: Path) -> None:
@@ -81,6 +87,7 @@ def test_the_report_reads_the_rows(folder: Path, tmp_path: Path, capsys: pytest.
     text = capsys.readouterr().out
     assert "a quick run with tiny shapes, which measures nothing" in text
     assert f"| {CASE} | 2 | octant |" in text
+    assert " | none: one rank alone |" in text
     assert f"| {CASE} | at least 97% of the rate per GPU of gpt_1_3b_accum8 | not measured |" in text
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
 

@@ -111,6 +111,7 @@ def test_the_trace_of_a_cpu_is_refused(tmp_path: Path) -> None:
         ("_squared_norm_kernel", "optimizer"),
         ("void at::native::multi_tensor_apply_kernel<LpNormFunctor>", "optimizer"),
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_SIMPLE", "exposed communication"),
+        ("_link_gather_kernel", "exposed communication"),
         ("void at::native::elementwise_kernel<direct_copy_kernel_cuda>", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4, FillFunctor<float>>", "copies"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy", "copies"),

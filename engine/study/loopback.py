@@ -1,0 +1,248 @@
+"""A process group of which the first rank alone exists.
+
+All other ranks count as copies of this one that have always come already: an all-gather repeats what this rank has, a
+sum is that times the number of ranks, and what a neighbour would send is noise. On a GPU a message takes the time that
+the link would, on a few multiprocessors; on a CPU it is a copy.
+
+So what the rank holds, and how long its own work takes beside its messages, is that of a run of all ranks. Nobody is
+waited for, so waiting is missing; and weights are not those of any training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_name
+
+from engine.dist.init import LOOPBACK
+
+_ProcessGroup: Any = dist.ProcessGroup
+"""Its stubs say what may be called in C++, not what a group in Python has."""
+
+
+class Wire(Protocol):
+    """Moves dense 1-D tensors, on the current stream. See `engine_kernels.triton.link.Link`."""
+
+    def gather(self, own: Tensor, target: Tensor, rank: int) -> None: ...
+
+    def reduce_scatter(self, source: Tensor, target: Tensor, rank: int, factor: float) -> None: ...
+
+    def scale(self, x: Tensor, factor: float) -> None: ...
+
+
+class Copies:
+    """The wire of a CPU."""
+
+    def gather(self, own: Tensor, target: Tensor, rank: int) -> None:
+        """(n,) and (ranks * n,): `own` as each rank's part of `target`."""
+        for start in range(0, target.numel(), max(1, own.numel())):
+            part = target[start : start + own.numel()]
+            if part.data_ptr() != own.data_ptr():
+                part.copy_(own)
+
+    def reduce_scatter(self, source: Tensor, target: Tensor, rank: int, factor: float) -> None:
+        """(ranks * n,) and (n,): `target` is the part of `rank` times `factor`."""
+        count = target.numel()
+        target.copy_(source[rank * count : (rank + 1) * count] * factor)
+
+    def scale(self, x: Tensor, factor: float) -> None:
+        """(n,): `x` times `factor`, in place."""
+        x.mul_(factor)
+
+
+@dataclass(slots=True)
+class Sent:
+    """Messages of a kind: how many, and bytes that this rank sends for them around a ring."""
+
+    count: int = 0
+    bytes: float = 0.0
+
+
+sent: defaultdict[str, Sent] = defaultdict(Sent)
+"""All messages of tensors so far, by their kind."""
+
+
+def join(world_size: int, wire: Wire) -> None:
+    """Make the default process group, of `world_size` ranks of which this is the first. Once in a process."""
+
+    def create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Loopback:
+        return Loopback(rank, size, wire)
+
+    dist.Backend.register_backend(LOOPBACK, create, devices=["cpu", "cuda"])
+    dist.init_process_group(LOOPBACK, store=dist.HashStore(), rank=0, world_size=world_size)
+
+
+class _Message(dist.Work):
+    """A message under way. It holds its tensors until it is waited for, as NCCL does."""
+
+    def __init__(self, tensors: Sequence[Tensor], done: torch.cuda.Event | None) -> None:
+        super().__init__()
+        self._tensors, self._done = list(tensors), done
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """The current stream waits, the host does not."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        self._tensors.clear()
+        return True
+
+    def is_completed(self) -> bool:
+        return self._done is None or self._done.query()
+
+    def synchronize(self) -> None:
+        self.wait()
+
+
+class Loopback(_ProcessGroup):
+    """A group that `join` or `dist.new_group` makes. Its messages run on a stream of its own, but for those waited for.
+
+    torch 2.11 and 2.13 have different names for three of the methods.
+    """
+
+    def __init__(self, rank: int, size: int, wire: Wire) -> None:
+        super().__init__(rank, size)
+        self._place, self._ranks, self._wire = rank, size, wire
+        self._stream: torch.cuda.Stream | None = None
+        self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def getBackendName(self) -> str:  # noqa: N802 -- its name there
+        return LOOPBACK
+
+    @property
+    def group_name(self) -> str:
+        """Compiled graphs find the group by it."""
+        return str(_get_process_group_name(self))
+
+    def __repr__(self) -> str:
+        return f"Loopback(rank {self._place} of {self._ranks})"
+
+    def all_gather_single(self, output: Tensor, own: Tensor, opts: Any = None) -> dist.Work:
+        """(n,) -> (ranks * n,)."""
+        return self._run(
+            "all-gather",
+            (self._ranks - 1) * own.nbytes,
+            (own, output),
+            lambda: self._wire.gather(own.view(-1), output.view(-1), self._place),
+            opts,
+        )
+
+    _allgather_base = all_gather_single
+
+    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Any) -> dist.Work:
+        """(ranks * n,) -> (n,)."""
+        return self._run(
+            "reduce-scatter",
+            (self._ranks - 1) * output.nbytes,
+            (source, output),
+            lambda: self._wire.reduce_scatter(
+                source.view(-1), output.view(-1), self._place, self._factor(opts.reduceOp)
+            ),
+            opts,
+        )
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def all_to_all_single(
+        self, output: Tensor, source: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> dist.Work:
+        """Each other rank sends what this one has for itself; as much of it as the splits ask for."""
+
+        def move() -> None:
+            sizes = input_splits or [source.shape[0] // self._ranks] * self._ranks
+            own = source.split(sizes)[self._place]
+            wanted = output_splits or [output.shape[0] // self._ranks] * self._ranks
+            for part, size in zip(output.split(wanted), wanted, strict=True):
+                part[: own.shape[0]].copy_(own[:size])
+            self._wire.scale(output.view(-1), 1)
+
+        share = source.nbytes * (self._ranks - 1) / self._ranks
+        return self._run("all-to-all", share, (source, output), move, opts)
+
+    alltoall_base = all_to_all_single
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """In place."""
+        (whole,) = tensors
+        factor = 1 if opts is None else self._factor(opts.reduceOp)
+
+        def move() -> None:
+            flat = whole.view(-1)
+            self._wire.scale(flat, factor)
+            # Around a ring each element goes 2 (ranks - 1) / ranks times.
+            self._wire.scale(flat[: flat.numel() * (self._ranks - 2) // self._ranks], 1)
+
+        return self._run("all-reduce", 2 * (self._ranks - 1) / self._ranks * whole.nbytes, (whole,), move, opts)
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        """In place, at the root alone."""
+        (whole,) = tensors
+        factor = self._factor(opts.reduceOp) if opts.rootRank == self._place else 1
+        return self._pass_on("reduce", whole, factor, opts)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """The root has what this rank has."""
+        (whole,) = tensors
+        return self._pass_on("broadcast", whole, 1, opts)
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        (whole,) = tensors
+        return self._pass_on("send", whole, 1, None)
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        """Normal noise; zeros of integers. What arrives is not among the bytes sent."""
+        (whole,) = tensors
+
+        def move() -> None:
+            key = whole.dtype, whole.device
+            if key not in self._noise or self._noise[key].numel() < whole.numel():
+                noise = torch.zeros(whole.numel(), dtype=whole.dtype, device=whole.device)
+                self._noise[key] = noise.normal_() if whole.dtype.is_floating_point else noise
+            whole.view(-1).copy_(self._noise[key][: whole.numel()])
+            self._wire.scale(whole.view(-1), 1)
+
+        return self._run("receive", 0, (whole,), move, None)
+
+    def allgather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """Lists: objects, for the most part."""
+        for one in outputs[0]:
+            one.copy_(tensors[0])
+        return _Message((), None)
+
+    def gather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """Lists, at the root alone."""
+        for one in outputs[0] if outputs else ():
+            one.copy_(tensors[0])
+        return _Message((), None)
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        return _Message((), None)
+
+    def _pass_on(self, kind: str, whole: Tensor, factor: float, opts: Any) -> dist.Work:
+        return self._run(kind, whole.nbytes, (whole,), lambda: self._wire.scale(whole.view(-1), factor), opts)
+
+    def _factor(self, operation: Any) -> float:
+        """What ranks that are copies make of a value together."""
+        return float(self._ranks) if operation == dist.ReduceOp.SUM else 1.0
+
+    def _run(self, kind: str, size: float, tensors: Sequence[Tensor], move: Callable[[], None], opts: Any) -> dist.Work:
+        """Launch `move`: on the current stream where the caller waits anyway, as NCCL does, else beside it."""
+        sent[kind].count += 1
+        sent[kind].bytes += size
+        if not tensors[0].is_cuda or not getattr(opts, "asyncOp", True):
+            move()
+            return _Message((), None)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensors[0].device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            move()
+            done = torch.cuda.Event()
+            done.record()
+        return _Message(tensors, done)
