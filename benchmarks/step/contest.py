@@ -67,7 +67,7 @@ class Contest:
     def run(self, names: Sequence[str], rounds: int) -> None:
         """`rounds` rounds of the systems `names`, every other one in the opposite order, and the reference.
 
-        The reference runs once, if a system did or if it is named.
+        The reference runs once, if a system that has losses did or if it is named.
         """
         print(f"{self.case.name}, {self.case.gpus} ranks", flush=True)
         timed = [name for name in names if name != REFERENCE]
@@ -75,7 +75,7 @@ class Contest:
             for name in timed if turn % 2 == 0 else reversed(timed):
                 if name not in self._failed:
                     self._measure(name, turn)
-        if self.case.reference_step and (self._records or REFERENCE in names):
+        if self.case.reference_step and (set(self._records) - {ONE_RANK} or REFERENCE in names):
             self._reference()
 
     def _measure(self, name: str, turn: int) -> None:

@@ -12,7 +12,7 @@ from benchmarks.step import systems
 from benchmarks.step.cases import CASES
 from benchmarks.step.contest import Budget, Contest
 from benchmarks.step.figures import facts, hardware_flops_per_token
-from benchmarks.step.systems import REFERENCE, Place, Record
+from benchmarks.step.systems import ONE_RANK, REFERENCE, Place, Record
 from benchmarks.step.words import quick, words_of
 from engine.config.load import load
 
@@ -108,6 +108,22 @@ def test_more_gpus_than_there_are_is_a_reason(
     contest(tmp_path, "tp2_llama_8b").run(["octant"], rounds=1)
     (row,) = rows_of(tmp_path)
     assert row["unavailable"] == "needs 2 GPUs, and 1 are visible"
+
+
+def test_one_rank_alone_takes_one_gpu_and_has_no_losses(
+    tmp_path: Path, began: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.step.systems.visible_gpus", lambda: ["3"])
+    contest(tmp_path, "zero1_gpt_1_3b_accum8_2gpus").run([ONE_RANK], rounds=1)
+    assert [name for name, _ in began] == [ONE_RANK]
+    row = next(row for row in rows_of(tmp_path) if row["metric"] == "step")
+    assert (row["gpus"], row["losses"]) == (2, {})
+
+
+def test_one_rank_of_one_is_no_other_system(tmp_path: Path, began: list[Any]) -> None:
+    contest(tmp_path).run([ONE_RANK], rounds=1)
+    (row,) = rows_of(tmp_path)
+    assert (row["unavailable"], began) == ("the case has one rank", [])
 
 
 def test_rates_of_two_gpus_and_the_bubble() -> None:
