@@ -170,7 +170,9 @@ CASES: dict[str, Case] = {
             Case(
                 f"tp{gpus}_llama_8b",
                 _LLAMA_8B,
-                (f"parallel.tp={gpus}", *_TP),
+                # What tensor parallelism leaves of the memory goes into larger, fewer micro-batches: products and
+                # messages get larger, and the host launches fewer.
+                (f"parallel.tp={gpus}", *_TP, f"train.micro_batch={2 * gpus}", f"train.accum_steps={4 // gpus}"),
                 gpus=gpus,
                 targets=(Target(Kind.rate, rate),),
                 reference_step=0,
