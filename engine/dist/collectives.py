@@ -52,14 +52,28 @@ def _cut(x: Tensor, dim: int, count: int) -> Tensor:
     return x.view(*x.shape[:dim], count, x.shape[dim] // count, *x.shape[dim + 1 :])
 
 
+def packed(x: Tensor) -> Tensor:
+    """`x` without gaps, the same bits; no gradient. Rows of whole 16 bytes are copied 16 at a time.
+
+    torch copies a tensor whose dims are in another order element by element, in 16 bits at a third of the bandwidth.
+    """
+    if x.is_contiguous() or not x.numel():
+        return x.contiguous()
+    size, last = x.element_size(), x.dim() - 1
+    steps = [x.storage_offset(), x.shape[last], *x.stride()[:last]]
+    if size >= 16 or x.stride(last) != 1 or x.data_ptr() % 16 or any(step * size % 16 for step in steps):
+        return x.contiguous()
+    return x.view(torch.complex128).contiguous().view(x.dtype)
+
+
 def _in_blocks(x: Tensor, dim: int, count: int) -> Tensor:
     """`x` as `count` slices of `dim`, each in one piece, in a new first dim. A view where `dim` is the outermost."""
-    return _cut(x.contiguous(), dim, count).movedim(dim, 0).contiguous()
+    return packed(_cut(x.contiguous(), dim, count).movedim(dim, 0))
 
 
 def _from_blocks(blocks: Tensor, dim: int) -> Tensor:
     """The blocks in the first dim one after the other along `dim`. A view where `dim` is the outermost."""
-    return blocks.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    return packed(blocks.movedim(0, dim)).flatten(dim, dim + 1)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:

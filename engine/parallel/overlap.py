@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.config.enums import TpOverlap
 from engine.dist import collectives
-from engine.dist.collectives import all_gather, reduce_scatter
+from engine.dist.collectives import all_gather, packed, reduce_scatter
 from engine.parallel import symmetric
 
 Finish = Callable[[], Tensor]
@@ -77,7 +77,7 @@ def start_reduce_scatter(x_BSK: Tensor, group: str, overlap: str) -> Finish:
         pairs = zip(parts, x_BSK, strict=True)
         works = [dist.reduce_scatter_tensor(part, row, group=ranks, async_op=True) for part, row in pairs]
         return lambda: _after(works, parts)
-    blocks = x_BSK.view(batch, ranks.size(), length, width).transpose(0, 1).flatten(0, 1).contiguous()
+    blocks = packed(x_BSK.view(batch, ranks.size(), length, width).transpose(0, 1)).flatten(0, 1)
     if overlap == TpOverlap.symmetric:
         arriving = symmetric.start_reduce_scatter(blocks.flatten(0, 1), group)
         return lambda: arriving().view(batch, length, width)
@@ -176,4 +176,4 @@ def _after(works: list[Any], result: Tensor) -> Tensor:
 def _in_order(rows: Tensor, batch: int, length: int) -> Tensor:
     """Blocks of B sequences' L positions, one from each rank, in any shape of the same order -> (B, S, K)."""
     blocks = rows.view(-1, batch, length, rows.shape[-1])
-    return blocks.transpose(0, 1).flatten(1, 2)
+    return packed(blocks.transpose(0, 1)).flatten(1, 2)
