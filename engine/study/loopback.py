@@ -101,7 +101,7 @@ class _Message(dist.Work):
 
 
 class Loopback(_ProcessGroup):
-    """A group that `join` or `dist.new_group` makes. Its messages run on a stream of its own, but for those waited for.
+    """A group that `join` or `dist.new_group` makes. Its messages run on streams of its own, but for those waited for.
 
     torch 2.11 and 2.13 have different names for three of the methods.
     """
@@ -109,7 +109,8 @@ class Loopback(_ProcessGroup):
     def __init__(self, rank: int, size: int, wire: Wire) -> None:
         super().__init__(rank, size)
         self._place, self._ranks, self._wire = rank, size, wire
-        self._stream: torch.cuda.Stream | None = None
+        # What arrives takes the other direction of the link.
+        self._streams: dict[str, torch.cuda.Stream] = {}
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def getBackendName(self) -> str:  # noqa: N802 -- its name there
@@ -238,10 +239,12 @@ class Loopback(_ProcessGroup):
         if not tensors[0].is_cuda or not getattr(opts, "asyncOp", True):
             move()
             return _Message((), None)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensors[0].device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        way = "in" if kind == "receive" else "out"
+        if way not in self._streams:
+            self._streams[way] = torch.cuda.Stream(tensors[0].device)
+        stream = self._streams[way]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             move()
             done = torch.cuda.Event()
             done.record()
