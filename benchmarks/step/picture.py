@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], folder: Path, caption: str) -> Path | None:
         rows: of one kind of hardware.
     """
     steps = [row for row in rows if row["metric"] == "step" and row["system"] in _SYSTEM]
-    profiled = [row for row in rows if row["metric"] == "breakdown" and row["parts"]]
+    profiled = [row for row in rows if row["metric"] == "breakdown" and row["parts"] and row["system"] in _SYSTEM]
     if not steps:
         return None
     panels = [found for found in (steps, profiled) if found]

@@ -61,7 +61,7 @@ def packed(x: Tensor) -> Tensor:
         return x.contiguous()
     size, last = x.element_size(), x.dim() - 1
     steps = [x.storage_offset(), x.shape[last], *x.stride()[:last]]
-    if size >= 16 or x.stride(last) != 1 or x.data_ptr() % 16 or any(step * size % 16 for step in steps):
+    if size >= 16 or x.is_neg() or x.stride(last) != 1 or x.data_ptr() % 16 or any(step * size % 16 for step in steps):
         return x.contiguous()
     return x.view(torch.complex128).contiguous().view(x.dtype)
 

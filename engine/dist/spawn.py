@@ -64,7 +64,8 @@ def run_ranks(
     """
     context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
     if backend == "gloo":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Also where this process, with a GPU to see, has named that one: DeepSpeed decides when the server imports it.
+        os.environ["DS_ACCELERATOR"] = "cpu"
         context.set_forkserver_preload([*PRELOAD, *preload])
     with tempfile.TemporaryDirectory(prefix="octant-ranks-") as name:
         folder = Path(name)

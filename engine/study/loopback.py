@@ -4,8 +4,8 @@ All other ranks count as copies of this one that have always come already: an al
 sum is that times the number of ranks, and what a neighbour would send is noise. On a GPU a message takes the time that
 the link would, on a few multiprocessors; on a CPU it is a copy.
 
-So what the rank holds, and how long its own work takes beside its messages, is that of a run of all ranks. Nobody is
-waited for, so waiting is missing; and weights are not those of any training.
+So what the rank holds is that of a run of all ranks, and so is its own work beside its messages. Missing is that others
+are waited for, and what NCCL takes to begin a message; and weights are not those of any training.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Copies:
     def scale(self, x: Tensor, factor: float) -> None:
         """(n,): `x` times `factor`, in place."""
         x.mul_(factor)
+
+
+_COPIES = Copies()
 
 
 @dataclass(slots=True)
@@ -130,7 +133,7 @@ class Loopback(_ProcessGroup):
             "all-gather",
             (self._ranks - 1) * own.nbytes,
             (own, output),
-            lambda: self._wire.gather(own.view(-1), output.view(-1), self._place),
+            lambda: self._wire_of(own).gather(own.view(-1), output.view(-1), self._place),
             opts,
         )
 
@@ -142,7 +145,7 @@ class Loopback(_ProcessGroup):
             "reduce-scatter",
             (self._ranks - 1) * output.nbytes,
             (source, output),
-            lambda: self._wire.reduce_scatter(
+            lambda: self._wire_of(source).reduce_scatter(
                 source.view(-1), output.view(-1), self._place, self._factor(opts.reduceOp)
             ),
             opts,
@@ -161,7 +164,7 @@ class Loopback(_ProcessGroup):
             wanted = output_splits or [output.shape[0] // self._ranks] * self._ranks
             for part, size in zip(output.split(wanted), wanted, strict=True):
                 part[: own.shape[0]].copy_(own[:size])
-            self._wire.scale(output.view(-1), 1)
+            self._wire_of(output).scale(output.view(-1), 1)
 
         share = source.nbytes * (self._ranks - 1) / self._ranks
         return self._run("all-to-all", share, (source, output), move, opts)
@@ -171,13 +174,13 @@ class Loopback(_ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """In place."""
         (whole,) = tensors
-        factor = 1 if opts is None else self._factor(opts.reduceOp)
+        factor = self._factor(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
 
         def move() -> None:
-            flat = whole.view(-1)
-            self._wire.scale(flat, factor)
+            flat, wire = whole.view(-1), self._wire_of(whole)
+            wire.scale(flat, factor)
             # Around a ring each element goes 2 (ranks - 1) / ranks times.
-            self._wire.scale(flat[: flat.numel() * (self._ranks - 2) // self._ranks], 1)
+            wire.scale(flat[: flat.numel() * (self._ranks - 2) // self._ranks], 1)
 
         return self._run("all-reduce", 2 * (self._ranks - 1) / self._ranks * whole.nbytes, (whole,), move, opts)
 
@@ -206,15 +209,24 @@ class Loopback(_ProcessGroup):
                 noise = torch.zeros(whole.numel(), dtype=whole.dtype, device=whole.device)
                 self._noise[key] = noise.normal_() if whole.dtype.is_floating_point else noise
             whole.view(-1).copy_(self._noise[key][: whole.numel()])
-            self._wire.scale(whole.view(-1), 1)
+            self._wire_of(whole).scale(whole.view(-1), 1)
 
         return self._run("receive", 0, (whole,), move, None)
 
     def allgather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> dist.Work:
-        """Lists: objects, for the most part."""
-        for one in outputs[0]:
-            one.copy_(tensors[0])
-        return _Message((), None)
+        """Lists. Those of integers are objects, and not counted."""
+        (own,), every = tensors, outputs[0]
+
+        def move() -> None:
+            for one in every:
+                one.copy_(own)
+                self._wire_of(one).scale(one.view(-1), 1)
+
+        if not own.is_floating_point():
+            for one in every:
+                one.copy_(own)
+            return _Message((), None)
+        return self._run("all-gather", (self._ranks - 1) * own.nbytes, (own, *every), move, opts)
 
     def gather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """Lists, at the root alone."""
@@ -226,7 +238,12 @@ class Loopback(_ProcessGroup):
         return _Message((), None)
 
     def _pass_on(self, kind: str, whole: Tensor, factor: float, opts: Any) -> dist.Work:
-        return self._run(kind, whole.nbytes, (whole,), lambda: self._wire.scale(whole.view(-1), factor), opts)
+        wire = self._wire_of(whole)
+        return self._run(kind, whole.nbytes, (whole,), lambda: wire.scale(whole.view(-1), factor), opts)
+
+    def _wire_of(self, x: Tensor) -> Wire:
+        """Tensors in host memory are copied there, also on a GPU's rank."""
+        return self._wire if x.is_cuda else _COPIES
 
     def _factor(self, operation: Any) -> float:
         """What ranks that are copies make of a value together."""

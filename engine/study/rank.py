@@ -2,7 +2,7 @@
 
 It trains as it would among N ranks: the same model part, state, schedule, kernels and messages. The others are stood in
 for by `engine.study.loopback`. So one GPU shows what a rank holds and how fast it can be at best, before N of them are
-rented: that nothing is waited for is the difference.
+rented: others are not waited for, and messages begin at once.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ DEFAULTS = [
     "train.steps=9",
     "train.eval_batches=0",
     "checkpoint.save_final=false",
+    "checkpoint.every=0",
     "logging.every=1",
     "logging.plot=false",
     "run.name=rank",
@@ -163,8 +164,8 @@ def _require_alone(cfg: Config) -> None:
     ):
         if keeps:
             rule = "the weights of one rank alone are those of no training"
-            value = cfg.checkpoint.every if option == "checkpoint.every" else True
-            raise LaunchError.of(527, option, value, rule, f"Leave {option} out; python -m engine.train trains")
+            value, off = (cfg.checkpoint.every, "0") if option == "checkpoint.every" else (True, "false")
+            raise LaunchError.of(527, option, value, rule, f"Use {option}={off}; python -m engine.train trains")
     for option, way, mapped in (
         ("zero.gather", cfg.zero.gather, Transport.copy_engine),
         ("parallel.tp_overlap", cfg.parallel.tp_overlap, TpOverlap.symmetric),
@@ -177,7 +178,7 @@ def _require_alone(cfg: Config) -> None:
 
 def _world(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is below 2: one rank is python -m engine.train")
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 1; one rank is python -m engine.train")
     return int(text)
 
 

@@ -20,7 +20,7 @@ def drawn(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1), (5, 3)])
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1), (5, 3)])
 def test_a_gather_repeats_what_the_rank_has(ranks: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
     for count in COUNTS:
         own = drawn(count, dtype, device)
@@ -31,7 +31,7 @@ def test_a_gather_repeats_what_the_rank_has(ranks: int, rank: int, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("ranks", "rank"), [(2, 0), (2, 1), (5, 3)])
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1), (5, 3)])
 def test_a_sum_is_the_own_part_as_often_as_there_are_ranks(
     ranks: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> None:

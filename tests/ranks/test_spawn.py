@@ -57,3 +57,10 @@ def test_hanging_rank_shows_its_stack() -> None:
 def test_dead_rank_is_reported_with_its_exit_code() -> None:
     with pytest.raises(RankFailure, match=r"rank 1 \(exit code 7\)"):
         run_ranks(die, 2)
+
+
+def test_ranks_on_cpus_are_deepspeeds_too_where_a_gpu_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    run_ranks(os.getpid, 1)
+    # What the server of ranks starts with, and then imports DeepSpeed.
+    assert os.environ["DS_ACCELERATOR"] == "cpu"

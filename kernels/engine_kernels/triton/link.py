@@ -106,7 +106,7 @@ class Link:
         """(n,) and (ranks * n,): `own` as each rank's part of `target`."""
         if own.numel() == 0:
             return
-        if any(x.nbytes % 4 or x.data_ptr() % 4 for x in (own, target)):
+        if target.numel() == own.numel() or any(x.nbytes % 4 or x.data_ptr() % 4 for x in (own, target)):
             for part in target.view(-1, own.numel()):
                 if part.data_ptr() != own.data_ptr():
                     part.copy_(own)
@@ -122,7 +122,7 @@ class Link:
             return
         parts, count = source.numel() // target.numel(), target.numel()
         own, block = source[rank * count : (rank + 1) * count], self._block(target)
-        if _in_torch(source):
+        if parts == 1 or _in_torch(source):
             target.copy_(own * factor)
             return
         _link_reduce_kernel[(self.programs,)](

@@ -97,6 +97,23 @@ def test_what_goes_around_a_ring_is_counted(
     assert dict(loopback.sent) == {kind: Sent(2, 2 * size)}
 
 
+def test_lists_of_floats_are_messages_and_those_of_integers_are_not(group: Loopback) -> None:
+    for own, count in ((torch.ones(3), 1), (torch.ones(3, dtype=torch.uint8), 0)):
+        every = [torch.zeros_like(own) for _ in range(4)]
+        loopback.sent.clear()
+        group.allgather([every], [own]).wait()
+        assert all(torch.equal(one, own) for one in every)
+        assert dict(loopback.sent) == ({"all-gather": Sent(1, 36)} if count else {})
+
+
+def test_what_lies_in_host_memory_never_takes_a_gpus_link() -> None:
+    group, whole = Loopback(0, 2, None), torch.ones(3)  # type: ignore[arg-type]
+    group.allreduce([whole]).wait()
+    group.broadcast([whole]).wait()
+    group.all_gather_single(torch.empty(6), whole).wait()
+    assert whole.tolist() == [2.0] * 3
+
+
 def test_what_arrives_is_noise_and_finite(group: Loopback) -> None:
     small, large, number = torch.full((3,), torch.nan), torch.full((2, 400), torch.nan), torch.ones(2, dtype=torch.long)
     for message in (small, large, number):
@@ -115,13 +132,13 @@ def test_what_arrives_is_noise_and_finite(group: Loopback) -> None:
         ),
         (
             ["checkpoint.save_final=true"],
-            "[OCT527] checkpoint.save_final=True: the weights of one rank alone are those of no training. Leave "
-            "checkpoint.save_final out; python -m engine.train trains",
+            "[OCT527] checkpoint.save_final=True: the weights of one rank alone are those of no training. Use "
+            "checkpoint.save_final=false; python -m engine.train trains",
         ),
         (
             ["checkpoint.every=4"],
-            "[OCT527] checkpoint.every=4: the weights of one rank alone are those of no training. Leave "
-            "checkpoint.every out; python -m engine.train trains",
+            "[OCT527] checkpoint.every=4: the weights of one rank alone are those of no training. Use "
+            "checkpoint.every=0; python -m engine.train trains",
         ),
         (
             ["zero=z3", "zero.gather=copy_engine"],
@@ -144,8 +161,8 @@ def test_refused(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--world", "1"], "argument --world: 1 is below 2: one rank is python -m engine.train"),
-        (["--world", "x"], "argument --world: x is below 2: one rank is python -m engine.train"),
+        (["--world", "1"], "argument --world: 1 is no whole number above 1; one rank is python -m engine.train"),
+        (["--world", "x"], "argument --world: x is no whole number above 1; one rank is python -m engine.train"),
         ([], "the following arguments are required: --world"),
         (["--world", "2", "--link-gb-s", "0"], "argument --link-gb-s: 0 is not a number of GB/s above 0"),
         (["--world", "2", "--link-gb-s", "fast"], "argument --link-gb-s: fast is not a number of GB/s above 0"),
