@@ -151,6 +151,7 @@ class MLP(nn.Module):
             init_std=matrix_std(cfg),
             segments=fused,
             sequence=sequence,
+            ordered=False,
             how=wiring.kernels.linear,
         )
         self.down = RowParallelLinear(
@@ -160,17 +161,18 @@ class MLP(nn.Module):
             bias=cfg.bias,
             init_std=residual_std(cfg),
             sequence=sequence,
+            ordered=False,
             how=wiring.kernels.linear,
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        h_BSF = self.up(x_BLD)
+        h_GPF = self.up(x_BLD)
         if self.activation is Activation.swiglu:
-            h_BSF = self.kernels.swiglu(h_BSF)
+            h_GPF = self.kernels.swiglu(h_GPF)
         else:
-            h_BSF = self.kernels.gelu(h_BSF, approximate="tanh" if self.activation is Activation.gelu_tanh else "none")
-        return self.down(h_BSF)
+            h_GPF = self.kernels.gelu(h_GPF, approximate="tanh" if self.activation is Activation.gelu_tanh else "none")
+        return self.down(h_GPF)
 
 
 class Block(nn.Module):

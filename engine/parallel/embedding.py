@@ -58,7 +58,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
-        return column_linear(x, self._table(), None, self.tp, sequence=self.sequence)
+        if self.sequence:
+            # Sequences are put in order here, where they are narrower than logits.
+            return F.linear(enter(x, self.tp, sequence=True), self._table())
+        return column_linear(x, self._table(), None, self.tp, sequence=False)
 
     def projection(self, x: Tensor, function: LinearCrossEntropyFn, scale: float) -> Projection:
         """What `logits`, times `scale`, would be made of, for a loss that is `function`."""

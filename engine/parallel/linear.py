@@ -1,4 +1,6 @@
-"""Linear layers cut over the tensor-parallel axis. Shapes: D in, O out, t ranks on the axis."""
+"""Linear layers cut over the tensor-parallel axis. Shapes: D in, O out, t ranks on the axis; G, P of the side that is
+cut are B, S or, with sequence parallelism where order does not matter, t B, S/t (see `engine.parallel.split_linear`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ class ColumnParallelLinear(nn.Module):
         segments: sizes of fused parts of O (query, key and value, say), each cut on its own. Default: one part.
         init_std: standard deviation of the initial weight.
         sequence: inputs hold this rank's part of the positions (see `engine.parallel.sequence`).
+        ordered: outputs are whole sequences, which what looks at single positions has no need of.
         how: who multiplies; torch where it does not take the sizes of this rank's slice.
     """
 
@@ -33,10 +36,11 @@ class ColumnParallelLinear(nn.Module):
         init_std: float,
         segments: tuple[int, ...] = (),
         sequence: bool = False,
+        ordered: bool = True,
         how: Linear = PLAIN_LINEAR,
     ) -> None:
         super().__init__()
-        self.tp, self.sequence = tp, sequence
+        self.tp, self.sequence, self.ordered = tp, sequence, ordered
         self.how = how.of_sizes(out_features // tp.size, in_features)
         self.plain = self.how is PLAIN_LINEAR
         weight = LogicalTensor((out_features, in_features), dim=0, segments=segments, init_std=init_std)
@@ -47,16 +51,18 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter((out_features // tp.size,), logical)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residual stream (B, S or S/t, D) -> (B, S, O/t)."""
+        """Residual stream (B, S or S/t, D) -> (G, P, O/t)."""
         if self.plain:
-            return column_linear(x, self.weight, self.bias, self.tp, sequence=self.sequence)
-        return self.how.linear(enter(x, self.tp, sequence=self.sequence), self.weight, self.bias)
+            return column_linear(x, self.weight, self.bias, self.tp, sequence=self.sequence, ordered=self.ordered)
+        inside = enter(x, self.tp, sequence=self.sequence, ordered=self.ordered)
+        return self.how.linear(inside, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with the inputs cut: each rank holds D/t columns of W; partial results are summed over the axis.
 
-    The bias is whole on every rank and added once, after the sum. `how` as for `ColumnParallelLinear`.
+    The bias is whole on every rank and added once, after the sum. `how` as for `ColumnParallelLinear`,
+    and `ordered` of the inputs.
     """
 
     def __init__(
@@ -68,10 +74,11 @@ class RowParallelLinear(nn.Module):
         bias: bool,
         init_std: float,
         sequence: bool = False,
+        ordered: bool = True,
         how: Linear = PLAIN_LINEAR,
     ) -> None:
         super().__init__()
-        self.tp, self.sequence = tp, sequence
+        self.tp, self.sequence, self.ordered = tp, sequence, ordered
         self.how = how.of_sizes(out_features, in_features // tp.size)
         self.plain = self.how is PLAIN_LINEAR
         logical = LogicalTensor((out_features, in_features), dim=1, init_std=init_std)
@@ -79,13 +86,13 @@ class RowParallelLinear(nn.Module):
         self.bias = replicated_parameter((out_features,), init_value=0.0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D/t) -> residual stream (B, S or S/t, O)."""
+        """(G, P, D/t) -> residual stream (B, S or S/t, O)."""
         if self.tp.group is None:
             return self.how.linear(x, self.weight, self.bias)
         if self.plain:
-            y = row_linear(x, self.weight, self.tp, sequence=self.sequence)
+            y = row_linear(x, self.weight, self.tp, sequence=self.sequence, ordered=self.ordered)
         else:
-            y = leave(self.how.linear(x, self.weight), self.tp, sequence=self.sequence)
+            y = leave(self.how.linear(x, self.weight), self.tp, sequence=self.sequence, ordered=self.ordered)
         return y if self.bias is None else y + whole(self.bias, self.tp, sequence=self.sequence)
 
 

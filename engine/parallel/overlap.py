@@ -3,7 +3,8 @@
 `none` does one after the other. `chunked` starts NCCL's collectives and meanwhile multiplies what is there already, or
 what is sent next. `symmetric` lets copy engines move the parts through memory that the ranks map of each other (torch's
 symmetric memory, without multicast), so that communication takes no multiprocessors from the products.
-Shapes: B batch, S positions, L = S/t of them, t ranks on the axis, K columns in, O out.
+Shapes: M rows (positions of any sequences) of one rank, t ranks on the axis, R = t M rows of all in rank order, K
+columns in, O out.
 """
 
 from __future__ import annotations
@@ -17,72 +18,47 @@ from torch import Tensor
 
 from engine.config.enums import TpOverlap
 from engine.dist import collectives
-from engine.dist.collectives import all_gather, packed, reduce_scatter
+from engine.dist.collectives import all_gather, reduce_scatter
 from engine.parallel import symmetric
 
 Finish = Callable[[], Tensor]
 """Waits (on GPUs the stream does) and gives the result."""
 
-ROWS_APART = 4
-"""Up to so many sequences are sent one by one, straight to their place; more in one piece, which is copied there."""
 HALF_ROWS = 1024
 """Rows that half of a product has at least where its two halves are summed over the ranks one after the other."""
 
 
-def product(x_BMK: Tensor, matrix_KO: Tensor, bias_O: Tensor | None, out_BMO: Tensor) -> None:
-    """x @ matrix + bias into `out`, which may be some positions of a larger tensor."""
-    if len(x_BMK) == 1:
-        if bias_O is None:
-            torch.mm(x_BMK[0], matrix_KO, out=out_BMO[0])
-        else:
-            torch.addmm(bias_O, x_BMK[0], matrix_KO, out=out_BMO[0])
-        return
-    matrices = matrix_KO.expand(len(x_BMK), -1, -1)
+def _product(x_MK: Tensor, matrix_KO: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
+    """x @ matrix + bias into `out`, which may be some rows of a larger tensor."""
     if bias_O is None:
-        torch.bmm(x_BMK, matrices, out=out_BMO)
+        torch.mm(x_MK, matrix_KO, out=out_MO)
     else:
-        torch.baddbmm(bias_O, x_BMK, matrices, out=out_BMO)
+        torch.addmm(bias_O, x_MK, matrix_KO, out=out_MO)
 
 
-def start_gather(x_BLK: Tensor, group: str, overlap: str) -> Finish:
-    """All positions, (B, S, K), from this rank's."""
-    ranks, x_BLK = collectives.resolve(group), x_BLK.contiguous()
-    batch, length, width = x_BLK.shape
-    if overlap == TpOverlap.none:
-        x_BSK = all_gather(x_BLK, ranks, dim=1)
-        return lambda: x_BSK
+def start_gather(x_MK: Tensor, group: str, overlap: str) -> Finish:
+    """The rows of all ranks, (R, K), from this rank's."""
+    ranks, x_MK = collectives.resolve(group), x_MK.contiguous()
     if overlap == TpOverlap.symmetric:
-        arriving = symmetric.start_all_gather(x_BLK.flatten(0, 1), group)
-        return lambda: _in_order(arriving(), batch, length)
-    if batch > ROWS_APART:
-        blocks = x_BLK.new_empty((ranks.size() * batch, length, width))
-        work = dist.all_gather_into_tensor(blocks, x_BLK, group=ranks, async_op=True)
-        return lambda: _in_order(_after([work], blocks), batch, length)
-    whole = x_BLK.new_empty((batch, length * ranks.size(), width))
-    pairs = zip(whole, x_BLK, strict=True)
-    works = [dist.all_gather_into_tensor(row, mine, group=ranks, async_op=True) for row, mine in pairs]
-    return lambda: _after(works, whole)
-
-
-def start_reduce_scatter(x_BSK: Tensor, group: str, overlap: str) -> Finish:
-    """This rank's positions, (B, L, K), of the sum of the ranks' `x`."""
-    ranks, x_BSK = collectives.resolve(group), x_BSK.contiguous()
-    batch, positions, width = x_BSK.shape
-    length = positions // ranks.size()
+        return symmetric.start_all_gather(x_MK, group)
     if overlap == TpOverlap.none:
-        mine = reduce_scatter(x_BSK, ranks, dim=1)
+        x_RK = all_gather(x_MK, ranks, dim=0)
+        return lambda: x_RK
+    arriving = x_MK.new_empty((ranks.size() * len(x_MK), x_MK.shape[1]))
+    work = dist.all_gather_into_tensor(arriving, x_MK, group=ranks, async_op=True)
+    return lambda: _after([work], arriving)
+
+
+def start_reduce_scatter(x_RK: Tensor, group: str, overlap: str) -> Finish:
+    """This rank's rows, (M, K), of the sum of the ranks' `x`."""
+    ranks, x_RK = collectives.resolve(group), x_RK.contiguous()
+    if overlap == TpOverlap.symmetric:
+        return symmetric.start_reduce_scatter(x_RK, group)
+    if overlap == TpOverlap.none:
+        mine = reduce_scatter(x_RK, ranks, dim=0)
         return lambda: mine
-    if overlap == TpOverlap.chunked and batch <= ROWS_APART:
-        parts = x_BSK.new_empty((batch, length, width))
-        pairs = zip(parts, x_BSK, strict=True)
-        works = [dist.reduce_scatter_tensor(part, row, group=ranks, async_op=True) for part, row in pairs]
-        return lambda: _after(works, parts)
-    blocks = packed(x_BSK.view(batch, ranks.size(), length, width).transpose(0, 1)).flatten(0, 1)
-    if overlap == TpOverlap.symmetric:
-        arriving = symmetric.start_reduce_scatter(blocks.flatten(0, 1), group)
-        return lambda: arriving().view(batch, length, width)
-    summed = x_BSK.new_empty((batch, length, width))
-    work = dist.reduce_scatter_tensor(summed, blocks, group=ranks, async_op=True)
+    summed = x_RK.new_empty((len(x_RK) // ranks.size(), x_RK.shape[1]))
+    work = dist.reduce_scatter_tensor(summed, x_RK, group=ranks, async_op=True)
     return lambda: _after([work], summed)
 
 
@@ -93,54 +69,49 @@ def start_sum(x: Tensor, group: str, overlap: str) -> Finish:
 
 
 def gather_product(
-    x_BLK: Tensor, matrix_KO: Tensor, bias_O: Tensor | None, group: str, overlap: str, *, keep: bool
+    x_MK: Tensor, matrix_KO: Tensor, bias_O: Tensor | None, group: str, overlap: str, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """All positions' products, (B, S, O), from this rank's positions; with `keep` the gathered positions, (B, S, K)."""
-    ranks, x_BLK = collectives.resolve(group), x_BLK.contiguous()
-    batch, length, width = x_BLK.shape
-    y_BSO = x_BLK.new_empty((batch, length * ranks.size(), matrix_KO.shape[1]))
+    """Products of all ranks' rows, (R, O), from this rank's rows; with `keep` the gathered rows, (R, K)."""
+    ranks, x_MK = collectives.resolve(group), x_MK.contiguous()
+    rows = len(x_MK)
+    y_RO = x_MK.new_empty((ranks.size() * rows, matrix_KO.shape[1]))
 
     def multiply(part: Tensor, first: int) -> None:
-        product(part, matrix_KO, bias_O, y_BSO[:, first : first + part.shape[1]])
+        _product(part, matrix_KO, bias_O, y_RO[first : first + len(part)])
 
     if overlap == TpOverlap.symmetric:
-        rows = x_BLK.new_empty((ranks.size() * batch * length, width))
-        symmetric.gather_and_consume(
-            x_BLK.flatten(0, 1), lambda part, rank: multiply(part.view_as(x_BLK), rank * length), rows, group, keep
-        )
-        return y_BSO, _in_order(rows, batch, length) if keep else None
-    finish = start_gather(x_BLK, group, overlap)
+        x_RK = x_MK.new_empty((ranks.size() * rows, x_MK.shape[1]))
+        symmetric.gather_and_consume(x_MK, lambda part, rank: multiply(part, rank * rows), x_RK, group, keep)
+        return y_RO, x_RK if keep else None
+    finish = start_gather(x_MK, group, overlap)
     if overlap == TpOverlap.none:
-        x_BSK = finish()
-        multiply(x_BSK, 0)
+        x_RK = finish()
+        multiply(x_RK, 0)
     else:
-        own = ranks.rank() * length
-        multiply(x_BLK, own)
-        x_BSK = finish()
-        for part, first in ((x_BSK[:, :own], 0), (x_BSK[:, own + length :], own + length)):
-            if part.shape[1]:
+        own = ranks.rank() * rows
+        multiply(x_MK, own)
+        x_RK = finish()
+        for part, first in ((x_RK[:own], 0), (x_RK[own + rows :], own + rows)):
+            if len(part):
                 multiply(part, first)
-    return y_BSO, x_BSK if keep else None
+    return y_RO, x_RK if keep else None
 
 
-def product_scatter(x_BSK: Tensor, matrix_KO: Tensor, group: str, overlap: str) -> Tensor:
-    """This rank's positions, (B, L, O), of the sum of the ranks' products."""
+def product_scatter(x_RK: Tensor, matrix_KO: Tensor, group: str, overlap: str) -> Tensor:
+    """This rank's rows, (M, O), of the sum of the ranks' products."""
     ranks = collectives.resolve(group)
     me, count, width = ranks.rank(), ranks.size(), matrix_KO.shape[1]
-    batch, length = x_BSK.shape[0], x_BSK.shape[1] // count
     if overlap == TpOverlap.none:
-        y_BSO = x_BSK.new_empty((*x_BSK.shape[:2], width))
-        product(x_BSK, matrix_KO, None, y_BSO)
-        return reduce_scatter(y_BSO, ranks, dim=1)
-    terms = x_BSK.new_empty((count, batch, length, width))
+        return reduce_scatter(x_RK @ matrix_KO, ranks, dim=0)
+    terms = x_RK.new_empty((count, len(x_RK) // count, width))
 
     def multiply(rank: int, out: Tensor) -> None:
         """What `rank` will hold of this rank's product."""
-        product(x_BSK[:, rank * length : (rank + 1) * length], matrix_KO, None, out.view(batch, length, width))
+        _product(x_RK.chunk(count)[rank], matrix_KO, None, out)
 
     if overlap == TpOverlap.symmetric:
-        symmetric.produce_and_exchange(multiply, terms.flatten(0, 2), group)
-        return terms.sum(dim=0)
+        symmetric.produce_and_exchange(multiply, terms.flatten(0, 1), group)
+        return _sum_of(terms)
     works: list[Any] = []
     for step in range(1, count):
         to, source = (me + step) % count, (me - step) % count
@@ -149,31 +120,29 @@ def product_scatter(x_BSK: Tensor, matrix_KO: Tensor, group: str, overlap: str) 
         send = dist.P2POp(dist.isend, leaving, group=ranks, group_peer=to)
         works += dist.batch_isend_irecv([send, dist.P2POp(dist.irecv, terms[source], group=ranks, group_peer=source)])
     multiply(me, terms[me])
-    return _after(works, terms).sum(dim=0)
+    return _sum_of(_after(works, terms))
 
 
-def product_sum(x_BSK: Tensor, matrix_KO: Tensor, group: str, overlap: str) -> Tensor:
-    """The sum of the ranks' products, (B, S, O)."""
-    x_1MK = x_BSK.flatten(0, 1)[None]
-    y_1MO = x_1MK.new_empty((1, x_1MK.shape[1], matrix_KO.shape[1]))
-    half = -(-x_1MK.shape[1] // 2)
-    rows = half if overlap != TpOverlap.none and half >= HALF_ROWS else x_1MK.shape[1]
+def product_sum(x_MK: Tensor, matrix_KO: Tensor, group: str, overlap: str) -> Tensor:
+    """The sum of the ranks' products, (M, O), of rows that all ranks have."""
+    y_MO = x_MK.new_empty((len(x_MK), matrix_KO.shape[1]))
+    half = -(-len(x_MK) // 2)
+    rows = half if overlap != TpOverlap.none and half >= HALF_ROWS else len(x_MK)
     finishes = []
-    for x, y in zip(x_1MK.split(rows, dim=1), y_1MO.split(rows, dim=1), strict=True):
-        product(x, matrix_KO, None, y)
+    for x, y in zip(x_MK.split(rows), y_MO.split(rows), strict=True):
+        _product(x, matrix_KO, None, y)
         finishes.append(start_sum(y, group, overlap))
     for finish in finishes:
         finish()
-    return y_1MO.view(*x_BSK.shape[:2], -1)
+    return y_MO
+
+
+def _sum_of(terms: Tensor) -> Tensor:
+    """(t, M, K) -> (M, K), rounded once. Two are added, which torch does in a third of its time for sums."""
+    return terms[0] + terms[1] if len(terms) == 2 else terms.sum(dim=0)
 
 
 def _after(works: list[Any], result: Tensor) -> Tensor:
     for work in works:
         work.wait()
     return result
-
-
-def _in_order(rows: Tensor, batch: int, length: int) -> Tensor:
-    """Blocks of B sequences' L positions, one from each rank, in any shape of the same order -> (B, S, K)."""
-    blocks = rows.view(-1, batch, length, rows.shape[-1])
-    return packed(blocks.transpose(0, 1)).flatten(1, 2)

@@ -13,14 +13,17 @@ from engine.dist.collectives import copy_to_axis, gather_over_axis, scatter_sum_
 from engine.dist.context import AxisGroup
 
 
-def enter(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
-    """The residual stream (B, L, D) -> all positions (B, S, D), for a layer that is cut over tp."""
-    return gather_over_axis(x, tp) if sequence else copy_to_axis(x, tp)
+def enter(x: Tensor, tp: AxisGroup, *, sequence: bool, ordered: bool = True) -> Tensor:
+    """The residual stream (B, L, D) -> all positions, for a layer that is cut over tp.
+
+    They are (B, S, D), or, where `sequence` and not `ordered`, the ranks' runs one after the other, (t B, L, D).
+    """
+    return gather_over_axis(x, tp, 1 if ordered else 0) if sequence else copy_to_axis(x, tp)
 
 
-def leave(x: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:
-    """Partial results (B, S, ...) of a layer that is cut over tp -> their sum, in the residual stream's form."""
-    return scatter_sum_over_axis(x, tp) if sequence else sum_over_axis(x, tp)
+def leave(x: Tensor, tp: AxisGroup, *, sequence: bool, ordered: bool = True) -> Tensor:
+    """Partial results of a layer that is cut over tp, positions as from `enter` -> their sum, the residual stream."""
+    return scatter_sum_over_axis(x, tp, 1 if ordered else 0) if sequence else sum_over_axis(x, tp)
 
 
 def whole(parameter: Tensor, tp: AxisGroup, *, sequence: bool) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +13,7 @@ from torch import Tensor
 from engine.config.enums import TpOverlap
 from engine.dist.context import AxisGroup
 from tests.helpers.ranks import backend_of, run_ranks
-from tests.ranks.test_overlap import axis_of, compare, draw, mlp
+from tests.ranks.test_overlap import axis_of, compare, draw, mlp, unordered
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,15 +32,16 @@ def precise() -> None:
     for how in HOW:
         for sequence in (True, False):
             for dtype in (torch.float64, torch.float32):
-                for batch in (1, 3, 6):
-                    compare(how, batch, sequence, mlp, dtype)
+                for batch, run in product((1, 3), (mlp, unordered)):
+                    compare(how, batch, sequence, run, dtype)
 
 
 def compiled() -> None:
     for how in HOW:
         for sequence in (True, False):
-            torch._dynamo.reset()
-            compare(how, 2, sequence, torch.compile(mlp, fullgraph=True), torch.float32)
+            for run in (mlp, unordered):
+                torch._dynamo.reset()
+                compare(how, 2, sequence, run, torch.float32, partial(torch.compile, fullgraph=True))
 
 
 def gradients(axis: AxisGroup, sequence: bool, dtype: torch.dtype) -> list[Tensor]:

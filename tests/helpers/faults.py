@@ -39,7 +39,12 @@ def forget_row_bias_reduction() -> None:
 
     def forward(self: RowParallelLinear, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
-        return leave(y if self.bias is None else y + self.bias / self.tp.size, self.tp, sequence=self.sequence)
+        return leave(
+            y if self.bias is None else y + self.bias / self.tp.size,
+            self.tp,
+            sequence=self.sequence,
+            ordered=self.ordered,
+        )
 
     RowParallelLinear.forward = forward  # type: ignore[method-assign]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +19,7 @@ from engine.dist import collectives
 from engine.dist.context import AxisGroup, ParallelContext
 from engine.errors import LaunchError
 from engine.model.build import build_layers
-from engine.parallel import overlap, symmetric
+from engine.parallel import overlap, split_linear, symmetric
 from engine.parallel.overlap_choice import choose_overlap
 from engine.parallel.sequence import whole
 from engine.parallel.split_linear import column_linear, row_linear
@@ -75,6 +78,15 @@ def mlp(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, gain: Tensor, axis: A
     return row_linear(inner.cumsum(1), down, axis, sequence=sequence) + x
 
 
+def unordered(
+    x: Tensor, up: Tensor, bias: Tensor, down: Tensor, gain: Tensor, axis: AxisGroup, sequence: bool
+) -> Tensor:
+    """The same with nothing between the layers that looks at more than one position."""
+    x = x * whole(gain, axis, sequence=sequence)
+    inner = torch.tanh(column_linear(x, up, bias, axis, sequence=sequence, ordered=False))
+    return row_linear(inner, down, axis, sequence=sequence, ordered=False) + x
+
+
 def arguments(axis: AxisGroup, batch: int, sequence: bool, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """This rank's x, weights and gain, all with gradients, and the weights of the outputs."""
 
@@ -91,19 +103,26 @@ def arguments(axis: AxisGroup, batch: int, sequence: bool, dtype: torch.dtype) -
     return [t.requires_grad_() for t in tensors], mine(weight, 1) if sequence else weight
 
 
-def expected(batch: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+def expected(run: Callable[..., Tensor], batch: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
     alone = AxisGroup(rank=0, size=1, ranks=(0,), group=None)
     inputs, weight = arguments(alone, batch, False, dtype)
-    out = mlp(*inputs, alone, False)
+    out = run(*inputs, alone, False)
     return out.detach(), torch.autograd.grad((out * weight).sum(), inputs)
 
 
-def compare(how: TpOverlap, batch: int, sequence: bool, run: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def compare(
+    how: TpOverlap,
+    batch: int,
+    sequence: bool,
+    run: Callable[..., Tensor],
+    dtype: torch.dtype,
+    compiler: Callable[..., Any] = lambda run: run,
+) -> None:
     axis, tolerance = axis_of(how), {torch.float64: 1e-11, torch.float32: 2e-5}[dtype]
     inputs, weight = arguments(axis, batch, sequence, dtype)
-    out = run(*inputs, axis, sequence)
+    out = compiler(run)(*inputs, axis, sequence)
     found = torch.autograd.grad((out * weight).sum(), inputs)
-    whole_out, whole_grads = expected(batch, dtype)
+    whole_out, whole_grads = expected(run, batch, dtype)
     cuts = (1 if sequence else None, 0, 0, 1, None)
     for name, got, want, dim in zip(
         ("out", "x", "up", "bias", "down", "gain"),
@@ -123,14 +142,37 @@ def every_overlap() -> None:
         for how in (TpOverlap.none, TpOverlap.chunked, TpOverlap.symmetric):
             for sequence in (True, False):
                 for dtype in (torch.float64, torch.float32):
-                    # One sequence; a few, sent one by one; more, sent in one piece.
-                    for batch in (1, 3, 6):
-                        compare(how, batch, sequence, mlp, dtype)
+                    for batch, run in product((1, 3), (mlp, unordered)):
+                        compare(how, batch, sequence, run, dtype)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_overlap_has_the_gradients_of_whole_layers(world: int) -> None:
     run_ranks(every_overlap, world, timeout_s=120)
+
+
+def copied() -> None:
+    """Gathered sequences are put in order on a layer's cut side alone, and not at all where nobody looks at order."""
+    axis, copy = axis_of(TpOverlap.none), collectives.packed
+    shapes: list[tuple[tuple[int, ...], bool]] = []
+    inputs, weight = arguments(axis, 3, True, torch.float32)
+    x, up, bias, down, _ = inputs
+
+    def count(x: Tensor) -> Tensor:
+        shapes.append((tuple(x.shape), x.is_contiguous()))
+        return copy(x)
+
+    with patch.object(split_linear, "packed", count), patch.object(collectives, "packed", count):
+        for ordered in (False, True):
+            inner = column_linear(x, up, bias, axis, sequence=True, ordered=ordered)
+            out = row_linear(inner, down, axis, sequence=True, ordered=ordered)
+            torch.autograd.grad((out * weight).sum(), inputs[:4])
+            moved = [shape for shape, contiguous in shapes if not contiguous]
+            assert [shape[-1] for shape in moved] == ([INNER // axis.size] * 5 if ordered else []), moved
+
+
+def test_only_the_cut_side_of_a_layer_is_put_in_order() -> None:
+    run_ranks(copied, 2)
 
 
 def frozen() -> None:
@@ -154,21 +196,20 @@ def test_frozen_weights_leave_the_other_gradients_as_they_are() -> None:
 
 def gathers_are_exact() -> None:
     """What arrives is what was sent, whatever the overlap; a sum of small integers is exact too."""
-    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.bfloat16)
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.bfloat16)
     group = axis_of(TpOverlap.none).name
-    for batch in (1, 3):
-        plain = overlap.start_gather(x[:batch], group, "none")()
-        assert torch.equal(overlap.start_gather(x[:batch], group, "chunked")(), plain)
-        eye = torch.eye(8, dtype=torch.bfloat16)
-        for how in ("none", "chunked"):
-            y, kept = overlap.gather_product(x[:batch], eye, None, group, how, keep=True)
-            assert torch.equal(y, plain)
-            assert kept is not None
-            assert torch.equal(kept, plain)
-        counted = torch.arange(batch * 32).view(batch, 8, 4).bfloat16() + dist.get_rank()
-        parts = [overlap.start_reduce_scatter(counted, group, how)() for how in ("none", "chunked")]
-        parts += [overlap.product_scatter(counted, eye[:4, :4], group, how) for how in ("none", "chunked")]
-        assert all(torch.equal(part, parts[0]) for part in parts)
+    plain = overlap.start_gather(x, group, "none")()
+    assert torch.equal(overlap.start_gather(x, group, "chunked")(), plain)
+    eye = torch.eye(8, dtype=torch.bfloat16)
+    for how in ("none", "chunked"):
+        y, kept = overlap.gather_product(x, eye, None, group, how, keep=True)
+        assert torch.equal(y, plain)
+        assert kept is not None
+        assert torch.equal(kept, plain)
+    counted = torch.arange(96).view(24, 4).bfloat16() + dist.get_rank()
+    parts = [overlap.start_reduce_scatter(counted, group, how)() for how in ("none", "chunked")]
+    parts += [overlap.product_scatter(counted, eye[:4, :4], group, how) for how in ("none", "chunked")]
+    assert all(torch.equal(part, parts[0]) for part in parts)
 
 
 def test_gathered_parts_are_equal_to_the_bit() -> None:
@@ -179,8 +220,9 @@ def compiled(backend: str) -> None:
     """torch 2.11 compiled collectives that work in place to gradients of zero, and broke the graph at each."""
     for how in (TpOverlap.none, TpOverlap.chunked):
         for sequence in (True, False):
-            torch._dynamo.reset()
-            compare(how, 2, sequence, torch.compile(mlp, backend=backend, fullgraph=True), torch.float32)
+            for run in (mlp, unordered):
+                torch._dynamo.reset()
+                compare(how, 2, sequence, run, torch.float32, partial(torch.compile, backend=backend, fullgraph=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
