@@ -107,7 +107,8 @@ def measure(name: str, case: Case, words: Sequence[str], place: Place, *, profil
         head = ["engine.train"] if name == OCTANT else ["engine.study", "rank", "--world", str(case.gpus)]
         command = ["-m", *head, *words, "logging.every=1"]
         why = process.run([sys.executable, *command, *here], log, place.seconds, _environment(gpus_of(name, case)))
-        return why or _of_run(folder / "runs" / case.name, _text(command))
+        run = folder / "runs" / case.name
+        return why or _invalid(run) or _of_run(run, _text(command))
     system = SYSTEMS["plain"] if name == REFERENCE else SYSTEMS[name]
     ranks = gpus_of(name, case)
     out = folder / f"{case.name}.json"
@@ -132,6 +133,12 @@ def trace_of(name: str, case: Case, folder: Path) -> Path:
 def _profile_folder(name: str, case: Case, folder: Path) -> Path:
     own = name in (OCTANT, ONE_RANK)
     return folder / "runs" / case.name / "profile" if own else folder / "profiles" / case.name / name
+
+
+def _invalid(run: Path) -> str | None:
+    """Why the steps of a rank alone took less time than those among all would; None: they did not."""
+    infinite = json.loads((run / "summary.json").read_text()).get("steps_with_infinite_gradients", 0)
+    return f"gradients of {infinite} steps were not finite, which is less work" if infinite else None
 
 
 def _of_run(folder: Path, command: str) -> Record:

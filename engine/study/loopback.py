@@ -1,8 +1,10 @@
 """A process group of which the first rank alone exists.
 
-All other ranks count as copies of this one that have always come already: an all-gather repeats what this rank has, a
-sum is that times the number of ranks, and what a neighbour would send is noise. On a GPU a message takes the time that
-the link would, on a few multiprocessors; on a CPU it is a copy.
+All other ranks have always come already, with what is as large as this rank's own: an all-gather repeats it, a sum is
+as large as that of so many independent terms, and what a neighbour would send is noise. So gradients neither grow nor
+vanish with the layers. Among copies of one rank sums would all go in one direction, and gradients become infinite, with
+which a GPU has less work and draws less power. On a GPU a message takes the time that the link would, on a few
+multiprocessors; on a CPU it is a copy.
 
 So what the rank holds is that of a run of all ranks, and so is its own work beside its messages. Missing is that others
 are waited for, and what NCCL takes to begin a message; and weights are not those of any training.
@@ -10,6 +12,7 @@ are waited for, and what NCCL takes to begin a message; and weights are not thos
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,7 +149,7 @@ class Loopback(_ProcessGroup):
             (self._ranks - 1) * output.nbytes,
             (source, output),
             lambda: self._wire_of(source).reduce_scatter(
-                source.view(-1), output.view(-1), self._place, self._factor(opts.reduceOp)
+                source.view(-1), output.view(-1), self._place, self._factor(source, opts.reduceOp)
             ),
             opts,
         )
@@ -174,7 +177,7 @@ class Loopback(_ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """In place."""
         (whole,) = tensors
-        factor = self._factor(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
+        factor = self._factor(whole, dist.ReduceOp.SUM if opts is None else opts.reduceOp)
 
         def move() -> None:
             flat, wire = whole.view(-1), self._wire_of(whole)
@@ -187,7 +190,7 @@ class Loopback(_ProcessGroup):
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         """In place, at the root alone."""
         (whole,) = tensors
-        factor = self._factor(opts.reduceOp) if opts.rootRank == self._place else 1
+        factor = self._factor(whole, opts.reduceOp) if opts.rootRank == self._place else 1
         return self._pass_on("reduce", whole, factor, opts)
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
@@ -245,9 +248,11 @@ class Loopback(_ProcessGroup):
         """Tensors in host memory are copied there, also on a GPU's rank."""
         return self._wire if x.is_cuda else _COPIES
 
-    def _factor(self, operation: Any) -> float:
-        """What ranks that are copies make of a value together."""
-        return float(self._ranks) if operation == dist.ReduceOp.SUM else 1.0
+    def _factor(self, x: Tensor, operation: Any) -> float:
+        """What a reduction makes of `x`: the sum of independent values as large, of counts that of equal ones."""
+        if operation != dist.ReduceOp.SUM:
+            return 1
+        return math.sqrt(self._ranks) if x.is_floating_point() else self._ranks
 
     def _run(self, kind: str, size: float, tensors: Sequence[Tensor], move: Callable[[], None], opts: Any) -> dist.Work:
         """Launch `move`: on the current stream where the caller waits anyway, as NCCL does, else beside it."""

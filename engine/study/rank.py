@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 
 from engine.config import rules
-from engine.config.derived import writes_checkpoints
+from engine.config.derived import padded_vocab, writes_checkpoints
 from engine.config.enums import TpOverlap, Transport
 from engine.config.hardware import resolve
 from engine.config.launch_env import LaunchEnv
 from engine.config.load import load
 from engine.config.schema import Config
+from engine.data.build.cache import RANDOM_SOURCE
 from engine.errors import LaunchError
 from engine.observe.log import say
 from engine.plan import host
@@ -58,14 +60,15 @@ def main(argv: Sequence[str]) -> int:
             memory ran out.
     """
     options, overrides = _parser().parse_known_args(argv)
-    cfg, world = load([*DEFAULTS, *overrides]), options.world
+    cfg, world = with_own_tokens(load([*DEFAULTS, *overrides])), options.world
     rules.require(cfg, world)
     _require_alone(cfg)
     host.require(cfg, world, 1)
     messages = Messages()
 
     def join(env: LaunchEnv, device: torch.device, timeout_s: float) -> None:
-        loopback.join(env.world_size, _wire(cfg, device, options.link_gb_s))
+        wire, messages.link_gb_s = _wire(cfg, device, options.link_gb_s)
+        loopback.join(env.world_size, wire)
 
     try:
         summary = session.run(cfg, replace(local.alone(), world_size=world), join=join, hooks=[messages])
@@ -84,12 +87,17 @@ class Messages(Quiet):
 
     Attributes:
         step_s: seconds of each step.
+        infinite: measured steps whose gradients were infinite or not a number.
         of_step: the messages of the last one, by kind.
+        link_gb_s: rate of messages in one direction; None: they are copies.
     """
 
     def __init__(self) -> None:
         self.step_s: list[float] = []
+        self.infinite = 0
+        self._norms: list[torch.Tensor] = []
         self.of_step: dict[str, Sent] = {}
+        self.link_gb_s: float | None = None
 
     def before_training(self) -> None:
         self._since, self._before = time.perf_counter(), copy.deepcopy(loopback.sent)
@@ -103,11 +111,27 @@ class Messages(Quiet):
             for kind, all in loopback.sent.items()
             if all.count > self._before[kind].count
         }
+        # Read after the last step, as that waits for the device. Copied, as a recorded graph writes to the same place.
+        self._norms.append(result.grad_norm.clone())
         self._since, self._before = now, copy.deepcopy(loopback.sent)
 
     def after_training(self, summary: dict[str, Any]) -> None:
         summary["median_step_s"] = median(self.step_s[WARMUP_STEPS:])
+        self.infinite = sum(not math.isfinite(norm) for norm in torch.stack(self._norms).tolist()[WARMUP_STEPS:])
+        summary["link_gb_s"] = self.link_gb_s
+        summary["steps_with_infinite_gradients"] = self.infinite
         summary["messages"] = {kind: asdict(sent) for kind, sent in self.of_step.items()}
+
+
+def with_own_tokens(cfg: Config) -> Config:
+    """`cfg` with random tokens of the first rank's part of the vocabulary alone.
+
+    Others would be zero, as nobody adds them, and gradients infinite, as norms divide by the length of what they get.
+    """
+    if cfg.data.source == RANDOM_SOURCE and cfg.data.vocab_size == cfg.model.vocab_size:
+        tp = cfg.parallel.tp
+        cfg.data.vocab_size = min(cfg.model.vocab_size, padded_vocab(cfg.model, tp) // tp)
+    return cfg
 
 
 def _report(summary: dict[str, Any], messages: Messages, world: int, cfg: Config) -> list[str]:
@@ -119,25 +143,31 @@ def _report(summary: dict[str, Any], messages: Messages, world: int, cfg: Config
     if "peak_memory_gib" in summary:
         first += f"; {summary['peak_memory_gib']:.1f} GiB"
     kinds = [f"{kind} {sent.count}, {_size(sent.bytes)}" for kind, sent in sorted(messages.of_step.items())]
-    return [
+    lines = [
         first,
         f"its messages in a step: {'; '.join(kinds)}",
         "it waited for nobody: slower ranks and the bubble of a pipeline come on top. Losses mean nothing",
     ]
+    if messages.infinite:
+        lines.append(
+            f"gradients of {messages.infinite} measured steps were not finite, so that their optimizer had less to do "
+            "and products took less power: such times are too short"
+        )
+    return lines
 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def _wire(cfg: Config, device: torch.device, asked_gb_s: float | None) -> Wire:
-    """What messages on `device` take.
+def _wire(cfg: Config, device: torch.device, asked_gb_s: float | None) -> tuple[Wire, float | None]:
+    """What messages on `device` take, and its rate.
 
     Raises:
         LaunchError: 528 no preset says, and `asked_gb_s` is None.
     """
     if device.type != "cuda":
-        return Copies()
+        return Copies(), None
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
     known = resolve(cfg.hardware, name).link_gb_s
@@ -149,7 +179,7 @@ def _wire(cfg: Config, device: torch.device, asked_gb_s: float | None) -> Wire:
     wanted = asked_gb_s if asked_gb_s is not None else REACHED * float(known or 0)
     link, rate = Link.fitted(wanted * 1e9, device)
     say(f"messages at {rate / 1e9:.0f} GB/s of one direction, for {wanted:.0f}")
-    return link
+    return link, rate / 1e9
 
 
 def _require_alone(cfg: Config) -> None:

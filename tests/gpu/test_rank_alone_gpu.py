@@ -67,6 +67,7 @@ def test_more_ranks_hold_less(tmp_path: Path) -> None:
         assert done.exit_code == 0, done
         assert "GB/s of one direction, for 300" in done.stdout
         summary = json.loads((tmp_path / str(world) / "summary.json").read_text())
+        assert summary["link_gb_s"] == pytest.approx(300, rel=0.25)
         peaks.append(summary["peak_memory_gib"] * 2**30)
         sent.append(summary["messages"]["reduce-scatter"]["bytes"])
     # 12 bytes of state, 2 of weights and 4 of sums for each of 82 million parameters: a half and an eighth of them.

@@ -126,6 +126,25 @@ def test_one_rank_of_one_is_no_other_system(tmp_path: Path, began: list[Any]) ->
     assert (row["unavailable"], began) == ("the case has one rank", [])
 
 
+@pytest.mark.parametrize("infinite", [0, 2])
+def test_one_rank_whose_gradients_are_infinite_is_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, infinite: int
+) -> None:
+    def run(*_: object) -> None:
+        folder = tmp_path / "runs" / "tp2_llama_8b"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"steps_with_infinite_gradients": infinite}))
+        (folder / "metrics.jsonl").write_text('{"step_s": 0.5, "loss": 9.0}\n')
+
+    monkeypatch.setattr("benchmarks.step.process.run", run)
+    found = systems.measure(ONE_RANK, CASES["tp2_llama_8b"], [], Place(tmp_path, 10.0))
+    if infinite:
+        assert found == "gradients of 2 steps were not finite, which is less work"
+    else:
+        assert isinstance(found, Record)
+        assert found.step_s == [0.5]
+
+
 def test_rates_of_two_gpus_and_the_bubble() -> None:
     words = ["parallel=single", "parallel.pp=2", "parallel.dp=1", "train.steps=2", "run.name=x", "model.num_layers=2"]
     found = facts(load([*LLAMA, *words]), 2, 0.5, "NVIDIA H200")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.config.load import load
 from engine.errors import LaunchError
+from engine.protocols import StepResult
 from engine.study import loopback, rank
 from engine.study.loopback import Copies, Loopback, Sent
 
@@ -35,13 +36,13 @@ def scattered(operation: Any) -> Any:
     return options
 
 
-def test_all_others_have_what_this_rank_has(group: Loopback) -> None:
+def test_what_all_others_have_is_as_large(group: Loopback) -> None:
     own, every, mine = torch.tensor([1.0, 2.0]), torch.empty(8), torch.empty(2)
     group.all_gather_single(every, own).wait()
     assert every.tolist() == [1.0, 2.0] * 4
     every = torch.arange(8.0)
     group.reduce_scatter_single(mine, every, scattered(SUM)).wait()
-    assert mine.tolist() == [8.0, 12.0]
+    assert mine.tolist() == [4.0, 6.0]
     group.reduce_scatter_single(mine, every, scattered(AVG)).wait()
     assert mine.tolist() == [2.0, 3.0]
     group.all_to_all_single(every, torch.arange(8.0), [], []).wait()
@@ -54,15 +55,23 @@ def test_a_gather_may_be_in_place(group: Loopback) -> None:
     assert every.tolist() == [2.0, 3.0] * 4
 
 
-@pytest.mark.parametrize(("operation", "expected"), [(SUM, [4.0, 8.0]), (AVG, [1.0, 2.0]), (MAX, [1.0, 2.0])])
-def test_an_all_reduce_is_that_of_copies(group: Loopback, operation: Any, expected: list[float]) -> None:
+@pytest.mark.parametrize(("operation", "expected"), [(SUM, [2.0, 4.0]), (AVG, [1.0, 2.0]), (MAX, [1.0, 2.0])])
+def test_a_sum_is_that_of_independent_terms_and_an_average_that_of_copies(
+    group: Loopback, operation: Any, expected: list[float]
+) -> None:
     options, whole = dist.AllreduceOptions(), torch.tensor([1.0, 2.0])
     options.reduceOp = operation
     group.allreduce([whole], options).wait()
     assert whole.tolist() == expected
 
 
-@pytest.mark.parametrize(("root", "expected"), [(1, [4.0]), (0, [1.0])])
+def test_counts_are_those_of_copies(group: Loopback) -> None:
+    whole = torch.tensor([3, 5])
+    group.allreduce([whole]).wait()
+    assert whole.tolist() == [12, 20]
+
+
+@pytest.mark.parametrize(("root", "expected"), [(1, [2.0]), (0, [1.0])])
 def test_the_root_alone_has_the_sum(group: Loopback, root: int, expected: list[float]) -> None:
     options, whole = dist.ReduceOptions(), torch.tensor([1.0])
     options.reduceOp, options.rootRank = SUM, root
@@ -107,10 +116,10 @@ def test_lists_of_floats_are_messages_and_those_of_integers_are_not(group: Loopb
 
 
 def test_what_lies_in_host_memory_never_takes_a_gpus_link() -> None:
-    group, whole = Loopback(0, 2, None), torch.ones(3)  # type: ignore[arg-type]
+    group, whole = Loopback(0, 4, None), torch.ones(3)  # type: ignore[arg-type]
     group.allreduce([whole]).wait()
     group.broadcast([whole]).wait()
-    group.all_gather_single(torch.empty(6), whole).wait()
+    group.all_gather_single(torch.empty(12), whole).wait()
     assert whole.tolist() == [2.0] * 3
 
 
@@ -121,6 +130,19 @@ def test_what_arrives_is_noise_and_finite(group: Loopback) -> None:
     assert small.isfinite().all()
     assert 0.8 < large.std() < 1.2
     assert not number.any()
+
+
+def test_steps_whose_gradients_are_infinite_are_named(group: Loopback) -> None:
+    messages, summary = rank.Messages(), dict[str, Any]()
+    messages.before_training()
+    for norm in (torch.inf, 1.0, 1.0, 1.0, torch.nan, torch.inf):
+        group.broadcast([torch.ones(1)])
+        messages.after_step(1, StepResult(torch.tensor(1.0), torch.tensor(norm)), 1e-3, 0.0)
+    messages.after_training(summary)
+    assert summary["steps_with_infinite_gradients"] == 2
+    last = rank._report(summary, messages, 2, load(["model=gpt_tiny"]))[-1]
+    assert last.startswith("gradients of 2 measured steps were not finite, ")
+    assert last.endswith("such times are too short")
 
 
 @pytest.mark.parametrize(
