@@ -177,9 +177,10 @@ def _wire(cfg: Config, device: torch.device, asked_gb_s: float | None) -> tuple[
     from engine_kernels.triton.link import Link
 
     wanted = asked_gb_s if asked_gb_s is not None else REACHED * float(known or 0)
-    link, rate = Link.fitted(wanted * 1e9, device)
-    say(f"messages at {rate / 1e9:.0f} GB/s of one direction, for {wanted:.0f}")
-    return link, rate / 1e9
+    link = Link(wanted * 1e9)
+    rate = link.measured(device) / 1e9
+    say(f"messages at {rate:.0f} GB/s of one direction, for {wanted:.0f}")
+    return link, rate
 
 
 def _require_alone(cfg: Config) -> None:

@@ -84,7 +84,6 @@ def situation(cfg: Config, device: torch.device) -> Situation:
         fp8=cfg.precision.fp8 is not Fp8.none,
         width=model.hidden_size,
         gathered=cfg.zero.stage == 3 and model.family is Family.bert,
-        cut=cfg.parallel.tp > 1,
         update=f"{cfg.optim.name} in host memory" if elsewhere else str(cfg.optim.name),
         flat=cfg.zero.stage > 0,
     )

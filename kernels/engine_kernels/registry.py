@@ -42,8 +42,6 @@ class Situation:
     """Hidden size."""
     gathered: bool = False
     """Weights are whole only while the module that holds them runs, for the loss too."""
-    cut: bool = False
-    """The vocabulary is cut over ranks."""
     update: str = "adamw"
     """The optimizer's rule, and where it runs if that is not where the model is."""
     flat: bool = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from engine_kernels.interpreter import interpreted
@@ -64,15 +62,15 @@ def _fused_less_well(s: Situation) -> str | None:
 
 
 def _unmeasured(s: Situation) -> str | None:
-    if s.device.type == "cuda" and (s.dtype is not torch.bfloat16 or s.cut):
-        return "is taken when asked for: whole training steps are measured in bf16 alone, with uncut vocabularies"
+    if s.device.type == "cuda" and s.dtype is not torch.bfloat16:
+        return "is taken when asked for: whole training steps are measured in bf16 alone"
     return _interpreted(s)
 
 
 def _scattered(s: Situation) -> str | None:
     if not s.flat:
         return "is launched for each parameter alone, where torch steps many at once"
-    return _unmeasured(replace(s, cut=False))
+    return _unmeasured(s)
 
 
 # Without a residual a norm returns one tensor.

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine_kernels.triton.link import _PROGRAMS, Link
+from engine_kernels.triton.link import Link
 
-LINK = Link(words=256)
-COUNTS = [1, 2, 257, 256 * _PROGRAMS + 3]
+LINK = Link(None, programs=3)
+COUNTS = [1, 2, 257, 4 * 2**13 + 3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
 
 

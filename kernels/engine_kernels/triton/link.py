@@ -1,7 +1,8 @@
 """What a message between devices does to one of them: it holds some multiprocessors for as long as the link takes.
 
 So a rank that runs alone on a device shares it with its messages as it would with those of NCCL, whose kernels copy by
-a fixed number of blocks of 512 threads.
+a fixed number of blocks of 512 threads. They could copy faster than the link does, and wait for it: so what else the
+device does slows a message down only when it leaves less than the link takes.
 """
 
 # Arguments of kernels have types that no annotation says.
@@ -9,30 +10,53 @@ a fixed number of blocks of 512 threads.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 
 _PROGRAMS = 24
-"""Channels that NCCL has on GPUs with NVLink 4; a link is fitted with 2/3 to 4/3 of them."""
+"""Channels that NCCL has on GPUs with NVLink 4."""
 _NUM_WARPS = 16
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_FITTED_BYTES = 2**27
+_BLOCK_BYTES = 2**15
+"""That a program of a kernel moves at a time."""
+_MEASURED_BYTES = 2**27
 
 
 @triton.jit
-def _link_gather_kernel(source, target, words, parts, rank, BLOCK: tl.constexpr):
+def _begin(PACED: tl.constexpr):
+    return globaltimer() if PACED else 0
+
+
+@triton.jit
+def _wait_for_link(begun, blocks, block_ns, PACED: tl.constexpr):
+    """Until the link has taken so many blocks of a program."""
+    if PACED:
+        due = begun + (blocks * block_ns).to(tl.int64)
+        now = begun
+        while now < due:
+            now = globaltimer()
+
+
+@triton.jit
+def _block_of(number, count, BLOCK: tl.constexpr):
+    """Step of the ring and elements of a block, numbered step after step."""
+    blocks = tl.cdiv(count, BLOCK)
+    step = number // blocks
+    return step, (number - step * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _link_gather_kernel(source, target, words, parts, rank, block_ns, BLOCK: tl.constexpr, PACED: tl.constexpr):
     """A ring's parts one after the other; the own one is written beside the first that comes."""
-    steps = parts - 1
-    blocks = tl.cdiv(words, BLOCK)
-    for number in range(tl.program_id(0), blocks * steps, tl.num_programs(0)):
-        step = number // blocks
-        index = (number - step * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    begun = _begin(PACED)
+    for number in range(tl.program_id(0), tl.cdiv(words, BLOCK) * (parts - 1), tl.num_programs(0)):
+        step, index = _block_of(number, words, BLOCK)
         inside = index < words
         value = tl.load(source + index, mask=inside)
         part = (rank + 1 + step) % parts
@@ -40,16 +64,17 @@ def _link_gather_kernel(source, target, words, parts, rank, BLOCK: tl.constexpr)
         if step == 0:
             own = (rank + step) % parts
             tl.store(target + own.to(tl.int64) * words + index, value, mask=inside)
+        _wait_for_link(begun, number // tl.num_programs(0) + 1, block_ns, PACED)
 
 
 @triton.jit
-def _link_reduce_kernel(source, own, target, count, parts, rank, factor, BLOCK: tl.constexpr):
+def _link_reduce_kernel(
+    source, own, target, count, parts, rank, factor, block_ns, BLOCK: tl.constexpr, PACED: tl.constexpr
+):
     """Reads the part of a ring's step and the own one, and writes; the sum is the own part times `factor`."""
-    steps = parts - 1
-    blocks = tl.cdiv(count, BLOCK)
-    for number in range(tl.program_id(0), blocks * steps, tl.num_programs(0)):
-        step = number // blocks
-        index = (number - step * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    begun = _begin(PACED)
+    for number in range(tl.program_id(0), tl.cdiv(count, BLOCK) * (parts - 1), tl.num_programs(0)):
+        step, index = _block_of(number, count, BLOCK)
         inside = index < count
         part = (rank + 1 + step) % parts
         other = tl.load(source + part.to(tl.int64) * count + index, mask=inside)
@@ -57,16 +82,18 @@ def _link_reduce_kernel(source, own, target, count, parts, rank, factor, BLOCK: 
         # What is not a number stays none, and the other part is read for it.
         value = tl.where(other == other, value, other.to(tl.float32))
         tl.store(target + index, value.to(target.dtype.element_ty), mask=inside)
+        _wait_for_link(begun, number // tl.num_programs(0) + 1, block_ns, PACED)
 
 
 @triton.jit
-def _link_scale_kernel(x, count, factor, BLOCK: tl.constexpr):
-    blocks = tl.cdiv(count, BLOCK)
-    for number in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        index = (number % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _link_scale_kernel(x, count, factor, block_ns, BLOCK: tl.constexpr, PACED: tl.constexpr):
+    begun = _begin(PACED)
+    for number in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        _, index = _block_of(number, count, BLOCK)
         inside = index < count
         value = tl.load(x + index, mask=inside).to(tl.float32) * factor
         tl.store(x + index, value.to(x.dtype.element_ty), mask=inside)
+        _wait_for_link(begun, number // tl.num_programs(0) + 1, block_ns, PACED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +101,23 @@ class Link:
     """A link of a device. All tensors are dense; messages are launched on the current stream.
 
     Args:
-        words: of 4 bytes, that a program of a kernel moves at a time: the more, the faster. A power of two.
+        bytes_per_s: in one direction, as long as the device's memory keeps up; None: as fast as that.
         programs: of a kernel, each on a multiprocessor of its own.
     """
 
-    words: int
+    bytes_per_s: float | None
     programs: int = _PROGRAMS
 
-    @classmethod
-    def fitted(cls, bytes_per_s: float, device: torch.device) -> tuple[Link, float]:
-        """The link whose rate is nearest to `bytes_per_s` in one direction, and its rate, measured on `device`."""
-        own = torch.empty(_FITTED_BYTES, dtype=torch.uint8, device=device)
-        all_ranks = torch.empty(2 * _FITTED_BYTES, dtype=torch.uint8, device=device)
-        rates = {words: cls(words)._rate(own, all_ranks) for words in _BLOCKS}
-        words = min(rates, key=lambda words: abs(math.log(rates[words] / bytes_per_s)))
-        wanted = round(_PROGRAMS * bytes_per_s / rates[words])
-        link = cls(words, max(_PROGRAMS * 2 // 3, min(wanted, _PROGRAMS * 4 // 3)))
-        return link, link._rate(own, all_ranks)
-
-    def _rate(self, own: Tensor, all_ranks: Tensor) -> float:
+    def measured(self, device: torch.device) -> float:
+        """Bytes per second in one direction that messages of 128 MiB have on `device`."""
+        own = torch.empty(_MEASURED_BYTES, dtype=torch.uint8, device=device)
+        all_ranks = torch.empty(2 * _MEASURED_BYTES, dtype=torch.uint8, device=device)
         seconds = []
         for _ in range(5):
-            torch.cuda.synchronize(own.device)
+            torch.cuda.synchronize(device)
             since = time.perf_counter()
             self.gather(own, all_ranks, 0)
-            torch.cuda.synchronize(own.device)
+            torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - since)
         return own.nbytes / min(seconds)
 
@@ -113,7 +132,7 @@ class Link:
             return
         source, parts = own.view(torch.int32), target.numel() // own.numel()
         _link_gather_kernel[(self.programs,)](
-            source, target.view(torch.int32), source.numel(), parts, rank, BLOCK=self.words, num_warps=_NUM_WARPS
+            source, target.view(torch.int32), source.numel(), parts, rank, **self._launch(source)
         )
 
     def reduce_scatter(self, source: Tensor, target: Tensor, rank: int, factor: float) -> None:
@@ -121,13 +140,11 @@ class Link:
         if target.numel() == 0:
             return
         parts, count = source.numel() // target.numel(), target.numel()
-        own, block = source[rank * count : (rank + 1) * count], self._block(target)
+        own = source[rank * count : (rank + 1) * count]
         if parts == 1 or _in_torch(source):
             target.copy_(own * factor)
             return
-        _link_reduce_kernel[(self.programs,)](
-            source, own, target, count, parts, rank, factor, BLOCK=block, num_warps=_NUM_WARPS
-        )
+        _link_reduce_kernel[(self.programs,)](source, own, target, count, parts, rank, factor, **self._launch(target))
 
     def scale(self, x: Tensor, factor: float) -> None:
         """(n,): `x` times `factor`, in place; with 1 it is read and written as it is."""
@@ -136,10 +153,14 @@ class Link:
         if _in_torch(x):
             x.mul_(factor)
             return
-        _link_scale_kernel[(self.programs,)](x, x.numel(), factor, BLOCK=self._block(x), num_warps=_NUM_WARPS)
+        _link_scale_kernel[(self.programs,)](x, x.numel(), factor, **self._launch(x))
 
-    def _block(self, x: Tensor) -> int:
-        return max(1, 4 * self.words // x.element_size())
+    def _launch(self, x: Tensor) -> dict[str, Any]:
+        """How a kernel that moves elements of `x` is launched."""
+        rate = self.bytes_per_s
+        block_ns = 0.0 if rate is None else 1e9 * _BLOCK_BYTES * self.programs / rate
+        block = _BLOCK_BYTES // x.element_size()
+        return {"block_ns": block_ns, "BLOCK": block, "PACED": rate is not None, "num_warps": _NUM_WARPS}
 
 
 def _in_torch(x: Tensor) -> bool:

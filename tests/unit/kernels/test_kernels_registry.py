@@ -118,7 +118,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-LATER = "is taken when asked for: whole training steps are measured in bf16 alone, with uncut vocabularies"
+LATER = "is taken when asked for: whole training steps are measured in bf16 alone"
 FUSES = "torch.compile fuses torch's with what stands around it"
 ZERO3 = "reads weights of several layers in the loss, as bert's do, and ZeRO-3 lends it those of one"
 ALONE = "is launched for each parameter alone, where torch steps many at once"
@@ -138,10 +138,9 @@ ALONE = "is launched for each parameter alone, where torch steps many at once"
         ("norm", {"compiled": True, "dtype": torch.float32}, "torch", FUSES),
         ("activation", {"compiled": True, "dtype": torch.float16}, "torch", FUSES),
         ("linear_cross_entropy", {"compiled": True}, "triton", None),
-        ("linear_cross_entropy", {"cut": True}, "torch", LATER),
         ("linear_cross_entropy", {"dtype": torch.float16}, "torch", LATER),
         ("linear_cross_entropy", {"gathered": True}, "torch", ZERO3),
-        ("adamw", {"compiled": True, "cut": True}, "triton", None),
+        ("adamw", {"compiled": True}, "triton", None),
         ("adamw", {"dtype": torch.float32}, "torch", LATER),
         ("adamw", {"flat": False}, "torch", ALONE),
         ("adamw", {"update": "lion"}, "torch", "steps by adamw, not by lion"),
