@@ -24,8 +24,8 @@ from benchmarks.rows import append, row
 from engine.config.enums import TpOverlap
 from engine.config.load import load
 from engine.config.schema import Config
+from engine.dist import init
 from engine.dist.context import AxisGroup, ParallelContext
-from engine.dist.init import DTYPES
 from engine.dist.spawn import run_ranks
 from engine.model.build import build_layers
 from engine.topology.grid import Grid
@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     micros = [int(n) for n in options.micro.split(",")]
     systems = [s for s in options.systems.split(",") if cuda or s != "symmetric"]
     arguments = (words, systems, micros, 2 if options.quick else ROUNDS)
+    # Here, as ranks begin with CUDA before they are asked for anything.
+    cfg = load(words)
+    init.order_launches(cfg.parallel, cfg.zero.stage)
     backend = "nccl" if cuda and not options.quick else "gloo"
     times: Times = run_ranks(measure, options.tp, arguments, backend=backend, timeout_s=560)[0]
     hardware = torch.cuda.get_device_name(0) if backend == "nccl" else "CPU"
@@ -111,7 +114,7 @@ def _chain(cfg: Config, ctx: ParallelContext, system: str, micro: int) -> Callab
         length //= tp.size
     kernels = choose_kernels(cfg, ctx.device).kernels
     blocks = [d for d in build_layers(cfg, replace(ctx, tp=tp), kernels) if d.repeats][:CHAIN]
-    dtype = DTYPES[cfg.precision.dtype]
+    dtype = init.DTYPES[cfg.precision.dtype]
     modules: list[nn.Module] = []
     for block in blocks:
         module = block.factory().to(ctx.device, dtype)

@@ -13,6 +13,7 @@ from engine.errors import LaunchError, nearest
 
 STUDIES = ("parity", "timeline", "network", "rank")
 """Modules of this package."""
+_IMPORT_DEEPSPEED = ("parity", "timeline")
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +27,10 @@ def _study(argv: list[str]) -> int:
         return 0
     if argv[0] not in STUDIES:
         raise LaunchError.of(520, "study", argv[0], "no such study", nearest(argv[0], STUDIES))
-    # Without a word DeepSpeed guesses its accelerator when a study imports it, and prints the guess.
-    os.environ.setdefault("DS_ACCELERATOR", resolve_device_type(Device.auto))
+    if argv[0] in _IMPORT_DEEPSPEED:
+        # Without a word it guesses its accelerator then, and prints the guess. For those alone: to look for a GPU is to
+        # begin with CUDA, and from then on launches are in no other order.
+        os.environ.setdefault("DS_ACCELERATOR", resolve_device_type(Device.auto))
     code: int = import_module(f"engine.study.{argv[0]}").main(argv[1:])
     return code
 

@@ -42,6 +42,25 @@ def test_an_unknown_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == "LaunchError:\n1. [OCT520] study=pairty: no such study. Nearest: parity\n"
 
 
+class _OrderedError(BaseException):
+    """Nobody catches it."""
+
+
+def test_the_order_of_launches_is_asked_for_before_a_rank_alone_looks_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a GPU makes CUDA read its variables."""
+    looks: list[str] = []
+
+    def order(*_: object) -> None:
+        raise _OrderedError
+
+    for name in ("is_available", "device_count", "get_device_name", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: looks.append(name))
+    monkeypatch.setattr("engine.dist.init.order_launches", order)
+    with pytest.raises(_OrderedError):
+        study.main(["rank", "--world", "2", "parallel.tp=2", "model=gpt_tiny"])
+    assert looks == []
+
+
 def test_nothing_legal_to_compare_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["parity", "--worlds", "3", "--pp", "2"]) == 2
     text = capsys.readouterr().err
