@@ -27,11 +27,7 @@ from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine_kernels.ops import AttentionDropout, Documents, Kernels, dropout
 
-_IN_TILES: dict[Tiles, tuple[str, ...]] = {
-    Tiles.none: (),
-    Tiles.mlp: ("_feed",),
-    Tiles.block: ("_before", "_after"),
-}
+_IN_TILES: dict[Tiles, tuple[str, ...]] = {Tiles.none: (), Tiles.mlp: ("_feed",), Tiles.block: ("_before", "_after")}
 """Methods that run tile by tile."""
 _AFTER_MLP = 1
 """Salt that tells a block's second dropout of the residual stream from its first."""
