@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,21 +16,24 @@ from engine.model.norm import LayerNorm, RMSNorm
 from engine.parallel.context import to_heads, to_positions
 from engine.parallel.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from engine.parallel.logical import logical_of, name_parameters
-from engine_kernels.ops import Kernels, sdpa_attention
+from engine_kernels.ops import PLAIN_LINEAR, Kernels, Linear, sdpa_attention
 from tests.helpers.threads import on_axis
 
 KERNELS = Kernels(attention=sdpa_attention)
 
 B, S, D, F_ = 2, 8, 12, 16
+KERNEL = Linear(F.linear)
+"""As one that torch has no part in: collectives are around it."""
 
 
 class Mlp(nn.Module):
     """Column and row, whose bias is added to the cut stream."""
 
-    def __init__(self, tp: AxisGroup, sequence: bool) -> None:
+    def __init__(self, tp: AxisGroup, sequence: bool, ordered: bool = True, how: Linear = PLAIN_LINEAR) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(D, F_, tp=tp, bias=True, init_std=1.0, sequence=sequence)
-        self.down = RowParallelLinear(F_, D, tp=tp, bias=True, init_std=1.0, sequence=sequence)
+        shared: dict[str, Any] = {"tp": tp, "sequence": sequence, "ordered": ordered, "how": how}
+        self.up = ColumnParallelLinear(D, F_, bias=True, init_std=1.0, **shared)
+        self.down = RowParallelLinear(F_, D, bias=True, init_std=1.0, **shared)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.up(x)))
@@ -36,6 +41,8 @@ class Mlp(nn.Module):
 
 LAYERS: dict[str, Callable[[AxisGroup, bool], nn.Module]] = {
     "column and row": Mlp,
+    "column and row, in no order": partial(Mlp, ordered=False),
+    "the same by a kernel": partial(Mlp, ordered=False, how=KERNEL),
     "replicated": lambda tp, sequence: ReplicatedLinear(D, 5, tp=tp, bias=True, init_std=1.0, sequence=sequence),
     "layernorm": lambda tp, sequence: LayerNorm(D, KERNELS, eps=1e-5, bias=True, tp=tp, sequence=sequence),
     "rmsnorm": lambda tp, sequence: RMSNorm(D, KERNELS, eps=1e-5, tp=tp, sequence=sequence),
