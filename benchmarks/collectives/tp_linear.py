@@ -3,7 +3,8 @@
 python -m benchmarks.collectives.tp_linear OUT_FOLDER --commit HASH [--tp 2] [--micro 1,2] [overrides of engine.train]
 
 Blocks of the model (default: llama_8b, sequence 4096, bf16, compiled) run forward and backward in a chain, all systems
-in alternation in one call. `alone` holds the same slices and sends nothing: what is above it is exposed. Writes
+in alternation in one call. `alone` holds the same slices and sends nothing: what is above it is exposed. All launch
+kernels through one queue, as training with `chunked` does, unless CUDA_DEVICE_MAX_CONNECTIONS says otherwise. Writes
 rows.jsonl: milliseconds of a block, forward and backward. On CPUs only --quick, which shows that it runs.
 """
 

@@ -59,7 +59,7 @@ class VocabParallelEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Residual stream (B, S or S/t, D) -> this rank's columns of the logits, (B, S, padded / t)."""
         if self.sequence:
-            # Sequences are put in order here, where they are narrower than logits.
+            # Put in order here, where positions are narrower than logits, next to which it is little to keep them all.
             return F.linear(enter(x, self.tp, sequence=True), self._table())
         return column_linear(x, self._table(), None, self.tp, sequence=False)
 

@@ -8,7 +8,7 @@ for the backward pass, which gathers them again: all would give back what sequen
 
 The cut side, a column layer's output or a row layer's input, holds gathered positions. They arrive as the ranks' runs,
 one after the other, and stay so where what is between the layers looks at single positions, as a feed-forward does.
-With `ordered` the cut side is whole sequences: it is copied there, as the narrow one of the layer's two sides.
+With `ordered` the cut side is whole sequences: it is copied there, as mostly the narrower one of the layer's two sides.
 Shapes: B batch, S positions, L of them in the residual stream (S/t with `sequence`, else S), K columns in, O out; G, P
 of the cut side are B, S or, with `sequence` and not `ordered`, t B, L.
 """
@@ -153,8 +153,8 @@ def _row_backward(
     whole: Tensor | None = grad.flatten(0, 1)
     grad_x = grad_weight = None
     if sequence and wants_x:
-        rows, whole = gather_product(grad.flatten(0, 1), weight, None, group, overlap, keep=wants_weight)
-        grad_x = _cut_side(rows, grad, ordered)
+        grad_x, whole = gather_product(grad.flatten(0, 1), weight, None, group, overlap, keep=wants_weight)
+        grad_x = _cut_side(grad_x, grad, ordered)
     elif sequence:
         whole = start_gather(grad.flatten(0, 1), group, overlap)()
     elif wants_x:

@@ -131,13 +131,16 @@ def loss_bytes(cfg: Config) -> int:
 
     (e + 8) b L padded_vocab / tp: logits, fp32 probabilities and their fp32 gradient. With `kernels.loss=triton` 3 e b
     R D for input and output of the last norm and the gradient of that, a chunk of logits, and the weight's gradient.
+    With sequence parallelism e b L D besides for the gathered positions, and with triton for their gradient too.
     """
     width, positions = element_bytes(cfg.precision.dtype), _positions(cfg)
     rows = padded_vocab(cfg.model, cfg.parallel.tp) // cfg.parallel.tp
+    residual = _residual(cfg)
+    gathered = positions if residual < positions else 0
     if cfg.kernels.loss is not Kernel.triton:
-        return (width + 8) * positions * rows
+        return (width + 8) * positions * rows + width * gathered * cfg.model.hidden_size
     chunk = min(width * positions * rows, LOSS_CHUNK)
-    return width * (3 * _residual(cfg) + rows) * cfg.model.hidden_size + chunk
+    return width * (3 * residual + 2 * gathered + rows) * cfg.model.hidden_size + chunk
 
 
 def element_bytes(dtype: DType) -> int:

@@ -28,14 +28,16 @@ _ADAM = "cpu_adam"
 
 
 def export() -> None:
-    """Let torch find the extensions that `make setup` built into this environment, and the ninja that came with it.
+    """Let torch find the extensions that `make setup` built into this environment, and its own ninja before others.
 
-    A folder that the user has named stays.
+    Another version of ninja would not know the commands that it was built with, and build it again: for most of a
+    minute, beside processes that load it. A folder that the user has named stays.
     """
     if sys.prefix != sys.base_prefix:
         os.environ.setdefault(VARIABLE, str(Path(sys.prefix) / "torch_extensions" / f"torch-{torch.__version__}"))
     scripts = sysconfig.get_path("scripts")
-    if shutil.which("ninja") is None and shutil.which("ninja", path=scripts) is not None:
+    own = shutil.which("ninja", path=scripts)
+    if own is not None and own != shutil.which("ninja"):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 

@@ -124,13 +124,13 @@ class Messages(Quiet):
 
 
 def with_own_tokens(cfg: Config) -> Config:
-    """`cfg` with random tokens of the first rank's part of the vocabulary alone.
+    """`cfg`, changed: random tokens are of the first rank's part of the vocabulary alone.
 
     Others would be zero, as nobody adds them, and gradients infinite, as norms divide by the length of what they get.
     """
-    if cfg.data.source == RANDOM_SOURCE and cfg.data.vocab_size == cfg.model.vocab_size:
+    if cfg.data.source == RANDOM_SOURCE:
         tp = cfg.parallel.tp
-        cfg.data.vocab_size = min(cfg.model.vocab_size, padded_vocab(cfg.model, tp) // tp)
+        cfg.data.vocab_size = min(cfg.data.vocab_size, padded_vocab(cfg.model, tp) // tp)
     return cfg
 
 

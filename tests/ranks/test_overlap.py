@@ -153,17 +153,19 @@ def test_every_overlap_has_the_gradients_of_whole_layers(world: int) -> None:
 
 def copied() -> None:
     """Gathered sequences are put in order on a layer's cut side alone, and not at all where nobody looks at order."""
-    axis, copy = axis_of(TpOverlap.none), collectives.packed
+    copy = collectives.packed
     shapes: list[tuple[tuple[int, ...], bool]] = []
-    inputs, weight = arguments(axis, 3, True, torch.float32)
-    x, up, bias, down, _ = inputs
 
     def count(x: Tensor) -> Tensor:
         shapes.append((tuple(x.shape), x.is_contiguous()))
         return copy(x)
 
     with patch.object(split_linear, "packed", count), patch.object(collectives, "packed", count):
-        for ordered in (False, True):
+        for how, ordered in product((TpOverlap.none, TpOverlap.chunked), (False, True)):
+            axis = axis_of(how)
+            inputs, weight = arguments(axis, 3, True, torch.float32)
+            x, up, bias, down, _ = inputs
+            shapes.clear()
             inner = column_linear(x, up, bias, axis, sequence=True, ordered=ordered)
             out = row_linear(inner, down, axis, sequence=True, ordered=ordered)
             torch.autograd.grad((out * weight).sum(), inputs[:4])
@@ -180,12 +182,12 @@ def frozen() -> None:
     for how in (TpOverlap.none, TpOverlap.chunked):
         axis = axis_of(how)
         for sequence in (True, False):
-            for wanted in ((0,), (1, 2), (3,)):
+            for run, wanted in product((mlp, unordered), ((0,), (1, 2), (3,))):
                 inputs, weight = arguments(axis, 2, sequence, torch.float64)
-                every = torch.autograd.grad((mlp(*inputs, axis, sequence) * weight).sum(), inputs)
+                every = torch.autograd.grad((run(*inputs, axis, sequence) * weight).sum(), inputs)
                 few = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
                 asked = [t for t in few if t.requires_grad]
-                found = torch.autograd.grad((mlp(*few, axis, sequence) * weight).sum(), asked)
+                found = torch.autograd.grad((run(*few, axis, sequence) * weight).sum(), asked)
                 for index, got in zip(wanted, found, strict=True):
                     assert torch.equal(got, every[index])
 

@@ -25,7 +25,7 @@ CASES = [
 
 
 def test_every_layout_agrees_with_one_process() -> None:
-    *_, rows = run_cases(tiny(), CASES, timeout_s=120)
+    *_, rows = run_cases(tiny("train.steps=5"), CASES, timeout_s=120)
     for row in rows:
         assert row["failed"] == [], row["case"]
         assert row["errors"]["gradient"] <= 1e-6, row["case"]

@@ -19,7 +19,7 @@ from tests.ranks.test_flat import Run
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(400)]
 
-COMPILED = ["model=gpt_tiny", "train.device=cpu", "kernels.compile=on"]
+COMPILED = ["model=gpt_tiny", "train.device=cpu", "kernels.compile=on", "train.steps=5"]
 
 
 class OutsideOfGraphs:

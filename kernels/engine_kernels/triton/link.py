@@ -101,7 +101,8 @@ class Link:
     """A link of a device. All tensors are dense; messages are launched on the current stream.
 
     Args:
-        bytes_per_s: in one direction, as long as the device's memory keeps up; None: as fast as that.
+        bytes_per_s: in one direction, as long as the device's memory keeps up, of messages of some MiB: each program
+            takes the time of whole blocks. None: as fast as the memory.
         programs: of a kernel, each on a multiprocessor of its own.
     """
 

@@ -114,6 +114,16 @@ def test_the_fused_loss_holds_a_chunk_of_logits() -> None:
     assert loss_bytes(cfg) == 504 * 2**20 + 2 * 48 * (3 * 2**20 + 512)
 
 
+@pytest.mark.parametrize(("loss", "streams"), [(Kernel.torch, 1), (Kernel.triton, 2)])
+def test_the_head_holds_gathered_positions_and_the_fused_loss_their_gradient(loss: Kernel, streams: int) -> None:
+    cfg = make(precision__dtype=DType.bf16, kernels__loss=loss, data__seq_len=64, parallel__tp=2)
+    whole = loss_bytes(cfg)
+    cfg.parallel.sequence = True
+    # 128 positions of 48 in two bytes; the norm's three tensors of triton's have half of them then.
+    norm = 3 * 64 if loss is Kernel.triton else 0
+    assert loss_bytes(cfg) - whole == 2 * 48 * (streams * 128 - norm)
+
+
 def test_rotary_angles_are_counted() -> None:
     cfg = make(**LLAMA, model__max_positions=1000)
     assert memory(cfg, 1, 0).buffers == 2 * 4 * 1000 * 8 // 2

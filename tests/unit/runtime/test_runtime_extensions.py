@@ -70,3 +70,17 @@ def test_the_users_folder_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(extensions.VARIABLE, "/elsewhere")
     extensions.export()
     assert extensions.os.environ[extensions.VARIABLE] == "/elsewhere"
+
+
+def test_the_environments_own_ninja_comes_before_the_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two versions build for each other what the other one has just built."""
+    system, own = tmp_path / "usr", tmp_path / "venv"
+    for folder in (system, own):
+        folder.mkdir()
+        (folder / "ninja").touch(0o755)
+    monkeypatch.setattr(extensions.sysconfig, "get_path", lambda name: str(own))
+    monkeypatch.setenv(extensions.VARIABLE, "/elsewhere")
+    monkeypatch.setenv("PATH", str(system))
+    for _ in range(2):
+        extensions.export()
+        assert extensions.os.environ["PATH"] == f"{own}:{system}"

@@ -123,6 +123,21 @@ def test_what_lies_in_host_memory_never_takes_a_gpus_link() -> None:
     assert whole.tolist() == [2.0] * 3
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ([], 256),
+        (["data=random", "data.vocab_size=300"], 256),
+        (["data=random", "data.vocab_size=100"], 100),
+        (["data=text", "data.source=python"], None),
+    ],
+)
+def test_random_tokens_are_those_of_the_first_rank(words: list[str], size: int | None) -> None:
+    base = load(["model=gpt_tiny", "model.vocab_size=512", "parallel.tp=2", *(words or ["data=random"])])
+    given = base.data.vocab_size
+    assert rank.with_own_tokens(base).data.vocab_size == (given if size is None else size)
+
+
 def test_what_arrives_is_noise_and_finite(group: Loopback) -> None:
     small, large, number = torch.full((3,), torch.nan), torch.full((2, 400), torch.nan), torch.ones(2, dtype=torch.long)
     for message in (small, large, number):
