@@ -15,19 +15,15 @@ from engine.observe import log
 
 @pytest.fixture(autouse=True)
 def fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(log, "_rank", None)
     for name in log.RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     loggers = [logging.getLogger(entry.name) for entry in log.QUIET_LOGGERS]
     before = [(logger, logger.level, list(logger.filters), list(logger.handlers)) for logger in loggers]
-    environ = dict(os.environ)
     yield
     for logger, level, filters, handlers in before:
         logger.setLevel(level)
         logger.filters[:] = filters
         logger.handlers[:] = handlers
-    os.environ.clear()
-    os.environ.update(environ)
 
 
 def test_rank_0_says_one_line_on_stdout_and_warns_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def test_every_rank_gets_the_command_and_its_place(
 def supervised(code: str, ranks: int = 2) -> int:
     """Exit code of processes that run `code`, which knows its place as `rank`."""
     words = [sys.executable, "-c", f"import os, sys, time, signal\nrank = int(os.environ['RANK'])\n{code}"]
-    return local.supervise(words, [{**os.environ, "RANK": str(rank)} for rank in range(ranks)])
+    return local.supervise(words, [{**os.environ, "RANK": str(rank)} for rank in range(ranks)], grace_s=0.2)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,7 @@ def supervised(code: str, ranks: int = 2) -> int:
         ("sys.exit(75) if rank else sys.exit(2)", 2),
     ],
 )
-def test_the_first_failure_ends_all_and_is_the_jobs(code: str, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "GRACE_S", 0.2)
+def test_the_first_failure_ends_all_and_is_the_jobs(code: str, found: int) -> None:
     assert supervised(code) == found
 
 
