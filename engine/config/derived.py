@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from engine.config.enums import (
     Activation,
+    Device,
     DType,
     Family,
     Fp8,
+    Kernel,
     Offload,
     OffloadStrategy,
     OptimizerName,
     PipelineSchedule,
+    Switch,
 )
 from engine.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig
 
@@ -99,6 +102,35 @@ def streams(cfg: Config) -> bool:
 def offloads(cfg: Config) -> bool:
     """Whether DeepSpeed keeps the optimizer's state outside the GPU."""
     return cfg.zero.offload_optimizer is not Offload.none and not streams(cfg)
+
+
+def on_gpus(cfg: Config) -> bool:
+    """Whether the run is meant for GPUs, as far as the config tells: one that leaves the device open is, but for the
+    preset of CPUs.
+    """
+    return cfg.train.device is Device.cuda or (cfg.train.device is Device.auto and cfg.hardware.name != "cpu")
+
+
+def compiles(cfg: Config) -> bool:
+    """Whether blocks are compiled on the device that `on_gpus` expects."""
+    return on_gpus(cfg) if cfg.kernels.compile is Switch.auto else cfg.kernels.compile is Switch.on
+
+
+def fuses_loss(cfg: Config) -> bool:
+    """Whether output projection and loss run in chunks: by `kernels.loss`, or what `auto` takes on that device."""
+    lent = cfg.zero.stage == 3 and cfg.model.family is Family.bert
+    taken = on_gpus(cfg) and cfg.precision.dtype is DType.bf16 and not lent
+    return taken if cfg.kernels.loss is Kernel.auto else cfg.kernels.loss is Kernel.triton
+
+
+def fuses_update(cfg: Config) -> bool:
+    """Whether AdamW is one pass over weights, gradients and state: by `kernels.optimizer`, or what `auto` takes there.
+
+    Where state is in one piece for each parameter (ZeRO-0) or outside the GPU it is torch's or DeepSpeed's.
+    """
+    here = cfg.optim.name is OptimizerName.adamw and cfg.zero.stage > 0 and not offloads(cfg)
+    taken = on_gpus(cfg) and cfg.precision.dtype is DType.bf16 and here
+    return taken if cfg.kernels.optimizer is Kernel.auto else cfg.kernels.optimizer is Kernel.triton
 
 
 def has_own_stage3(cfg: Config) -> bool:

@@ -14,8 +14,8 @@ class KernelsConfig:
     attention: Attention = Attention.auto
     loss: Kernel = Kernel.auto
     """Output projection and cross-entropy. `triton`: in chunks, so that logits never exist in full; not for bert
-    under ZeRO-3, which keeps the projection's bias away from the loss. `auto`: `triton` in bf16 on GPUs without tensor
-    parallelism, else `torch`."""
+    under ZeRO-3, which keeps the projection's bias away from the loss. `auto`: `triton` in bf16 on GPUs, else
+    `torch`."""
     norm: Kernel = Kernel.auto
     """LayerNorm and RMSNorm. `auto`: `triton` on GPUs, in compiled blocks in bf16 without fp8, else `torch`."""
     rotary: Kernel = Kernel.auto

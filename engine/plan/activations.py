@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config.derived import ffn_size, fp8_linears, head_dim, kv_heads, padded_vocab
-from engine.config.enums import Activation, Attention, DType, Kernel, Recompute, Tiles
+from engine.config.derived import compiles, ffn_size, fp8_linears, fuses_loss, head_dim, kv_heads, padded_vocab
+from engine.config.enums import Activation, Attention, DType, Kernel, Positions, Recompute, Tiles
 from engine.config.schema import Config
 
 LOSS_CHUNK = 504 * 2**20
@@ -32,7 +32,8 @@ def block_activation_bytes(cfg: Config) -> int:
     and without masks, which are computed again: e b (4 R D + L (2 Hq + 2 Hk + f F) / tp), plus the attention core.
     The terms: inputs of the norms (with parallel_residual one for both, 3 R D) and of the two column-parallel layers,
     which gather them again; queries, attention output, keys and values (Hk / tp at least `context` heads, which are
-    repeated for it); f = 2 of GELU, 4 of SwiGLU. Core: 4 bytes per head and position (log-sum-exp) of a fused kernel;
+    repeated for it), with rotary positions queries and keys before they are turned too; f = 2 of GELU, 3 of SwiGLU
+    (4 where it is neither compiled nor fused). Core: 4 bytes per head and position (log-sum-exp) of a fused kernel;
     the reference keeps the b N L seq_len / tp weights in fp32, twice with dropout, and keys and values repeated for all
     query heads.
     `recompute=selective` drops the core. `tiles=mlp` keeps the feed-forward's input only, f = 0 and one stream less;
@@ -46,35 +47,48 @@ def block_activation_bytes(cfg: Config) -> int:
     reference = cfg.kernels.attention is Attention.reference
     selective = cfg.train.recompute is Recompute.selective
     queries = heads * head_dim(model)
-    keys = queries if reference and not selective else kv * head_dim(model)
-    inner = (4 if model.activation is Activation.swiglu else 2) * (ffn_size(model) // tp)
+    copied = reference and not selective
+    keys = queries if copied else kv * head_dim(model)
+    turned = queries + keys if model.positions is Positions.rotary and not copied else 0
+    inner = _inner_tensors(cfg) * (ffn_size(model) // tp)
     streams = 3 if model.parallel_residual else 4
     if cfg.train.tiles is not Tiles.none:
         streams, inner = 1 if cfg.train.tiles is Tiles.block else streams - 1, 0
-    kept = streams * residual * model.hidden_size + positions * (2 * queries + 2 * keys + inner)
+        turned = 0 if cfg.train.tiles is Tiles.block else turned
+    kept = streams * residual * model.hidden_size + positions * (2 * queries + 2 * keys + turned + inner)
     core = 4 * positions * heads
     if reference:
         core = 4 * positions * heads * cfg.data.seq_len * (2 if model.attention_dropout > 0 else 1)
     return width * kept + _fp8_bytes(cfg, residual, positions) + (0 if selective else core)
 
 
-def _fp8_bytes(cfg: Config, residual: int, positions: int) -> int:
-    """What a block keeps more, or less, when linears keep inputs in fp8; nothing where blocks differ, or in tiles.
+def _inner_tensors(cfg: Config) -> int:
+    """f: what a feed-forward keeps of its inner width for each position."""
+    if cfg.model.activation is not Activation.swiglu:
+        return 2
+    return 3 if compiles(cfg) or cfg.kernels.activation is Kernel.triton else 4
 
-    Column-parallel layers keep L D, all positions, in place of e R D; the last linear L F / tp less. A fused attention
-    core keeps its output besides, so that the linear behind it keeps L Hq / tp more, and else that much less.
+
+def _fp8_bytes(cfg: Config, residual: int, positions: int) -> int:
+    """What a block keeps more, or less, with linears in fp8; nothing where blocks differ, or in tiles.
+
+    Compiled, the rounded inputs are made again from what is kept anyway: neither outputs of norms, but where sequence
+    parallelism gathers them, nor the last linear's input are kept. Else each input is kept in fp8: column-parallel
+    layers keep L D, all positions, in place of e R D; the last linear L F / tp less. A fused attention core keeps its
+    output besides, so that the linear behind it keeps L Hq / tp more, and else that much less.
     """
-    names, tp = fp8_linears(cfg), cfg.parallel.tp
+    names, tp, width = fp8_linears(cfg), cfg.parallel.tp, element_bytes(cfg.precision.dtype)
     if cfg.precision.fp8_bf16_ends or cfg.train.tiles is not Tiles.none:
         return 0
-    column = (positions - element_bytes(cfg.precision.dtype) * residual) * cfg.model.hidden_size
+    again = compiles(cfg)
+    column = ((0 if again and residual == positions else positions) - width * residual) * cfg.model.hidden_size
     fused = cfg.kernels.attention is not Attention.reference and cfg.train.recompute is not Recompute.selective
     queries = positions * cfg.model.num_heads * head_dim(cfg.model) // tp
     change = {
         "attention.qkv": column,
-        "attention.out": queries if fused else -queries,
+        "attention.out": (0 if again else queries) if fused else -queries,
         "mlp.up": column,
-        "mlp.down": -positions * ffn_size(cfg.model) // tp,
+        "mlp.down": -(width if again else 1) * positions * ffn_size(cfg.model) // tp,
     }
     return sum(size for name, size in change.items() if name in names)
 
@@ -129,15 +143,15 @@ def working_bytes(cfg: Config) -> int:
 def loss_bytes(cfg: Config) -> int:
     """Of the output projection and the loss.
 
-    (e + 8) b L padded_vocab / tp: logits, fp32 probabilities and their fp32 gradient. With `kernels.loss=triton` 3 e b
-    R D for input and output of the last norm and the gradient of that, a chunk of logits, and the weight's gradient.
+    (e + 8) b L padded_vocab / tp: logits, fp32 probabilities and their fp32 gradient. Where the loss is fused 3 e b R D
+    for input and output of the last norm and the gradient of that, a chunk of logits, and the weight's gradient.
     With sequence parallelism e b L D besides for the gathered positions, and with triton for their gradient too.
     """
     width, positions = element_bytes(cfg.precision.dtype), _positions(cfg)
     rows = padded_vocab(cfg.model, cfg.parallel.tp) // cfg.parallel.tp
     residual = _residual(cfg)
     gathered = positions if residual < positions else 0
-    if cfg.kernels.loss is not Kernel.triton:
+    if not fuses_loss(cfg):
         return (width + 8) * positions * rows + width * gathered * cfg.model.hidden_size
     chunk = min(width * positions * rows, LOSS_CHUNK)
     return width * (3 * residual + 2 * gathered + rows) * cfg.model.hidden_size + chunk

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engine.config.derived import (
     bucket_elements,
+    fuses_update,
     has_own_stage3,
     offload_share,
     padded_vocab,
@@ -18,7 +19,7 @@ from engine.config.derived import (
     streams,
     writes_checkpoints,
 )
-from engine.config.enums import DType, Kernel, Offload, OptimizerName, Positions
+from engine.config.enums import DType, Offload, OptimizerName, Positions
 from engine.config.schema import Config
 from engine.plan.activations import activation_bytes, element_bytes, loss_bytes, working_bytes
 from engine.plan.costs import block_parameters, parameter_counts
@@ -80,7 +81,7 @@ def memory(cfg: Config, world_size: int, stage: int) -> Memory:
     streamed, share = streams(cfg), offload_share(cfg)
     elsewhere = share > 0 and not streamed
     flat = cfg.precision.dtype is DType.bf16 and zero.stage == 1 and not elsewhere
-    if flat and cfg.kernels.optimizer is Kernel.triton and shards == parallel.pp == cfg.train.accum_steps == 1:
+    if flat and fuses_update(cfg) and shards == parallel.pp == cfg.train.accum_steps == 1:
         summed = width
     kept_twice = zero.stage == 1 and summed > width and not elsewhere and not flat
     state = (_MASTER * count * (zero.stage > 0) + state_bytes(cfg, held)) / (shards if zero.stage else 1)

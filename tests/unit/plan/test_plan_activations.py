@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from engine.config import rules
-from engine.config.enums import Activation, Attention, DType, Kernel, Positions, Recompute, Tiles
+from engine.config.enums import Activation, Attention, Device, DType, Fp8, Kernel, Positions, Recompute, Tiles
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.dist.context import ParallelContext
@@ -18,8 +19,9 @@ from engine.model.layers import build_stacks, random_weights
 from engine.plan.activations import Kept, activation_bytes, block_activation_bytes, loss_bytes, working_bytes
 from engine.plan.costs import total_parameters
 from engine.plan.memory import memory
-from engine_kernels.ops import Kernels
+from engine_kernels.ops import Kernels, sdpa_attention
 from engine_kernels.reference.attention import attention
+from engine_kernels.reference.fp8_linear import emulated
 from tests.helpers.configs import make
 from tests.helpers.models import batch_of, feed_of
 from tests.unit.plan.test_plan_memory import counted, kept_bytes
@@ -145,3 +147,35 @@ def test_the_long_experiment_fits_on_an_h200_with_room() -> None:
     # As the comment of the file adds up.
     assert need.total / 2**30 == pytest.approx(113.5, abs=0.1)
     assert need.inputs == need.host == 0
+
+
+@pytest.mark.parametrize("core", [Attention.reference, Attention.sdpa])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__activation": Activation.swiglu, "model__bias": False}, {"model__ffn_size": 100}],
+    ids=str,
+)
+def test_linears_in_fp8_change_what_a_block_keeps_as_predicted(changes: dict[str, Any], core: Attention) -> None:
+    # Wide enough that a byte per head and position is not lost among scales and means.
+    changes = {**changes, "train__device": Device.cpu, "model__hidden_size": 96}
+    cfg = make(kernels__attention=core, precision__dtype=DType.bf16, **changes)
+    low = replace(cfg, precision=replace(cfg.precision, fp8=Fp8.tensorwise))
+    kernels = Kernels(attention=attention if core is Attention.reference else sdpa_attention, linear=emulated)
+    measured = kept_bytes(low, kernels) - kept_bytes(cfg, kernels)
+    scales = 64
+    assert measured == pytest.approx(block_activation_bytes(low) - block_activation_bytes(cfg), abs=scales)
+
+
+def test_fp8_keeps_gathered_positions_and_saves_nothing_where_some_blocks_stay_in_bf16() -> None:
+    # Of the four linears mlp.up and mlp.down have sizes for fp8.
+    changes = {"parallel__tp": 2, "parallel__sequence": True, "model__ffn_size": 128}
+    for device, last in ((Device.cpu, 1), (Device.cuda, 2)):
+        cfg = make(precision__dtype=DType.bf16, train__device=device, **changes)
+        low = replace(cfg, precision=replace(cfg.precision, fp8=Fp8.tensorwise))
+        positions, gathered, cut = 2 * 32, 48, 48 // 2 * 2
+        # Compiled blocks do not keep the last linear's input in fp8 either.
+        assert block_activation_bytes(low) - block_activation_bytes(cfg) == positions * (
+            gathered - cut - last * 128 // 2
+        )
+        low.precision.fp8_bf16_ends = 1
+        assert block_activation_bytes(low) == block_activation_bytes(cfg)

@@ -97,7 +97,7 @@ def test_room_and_the_least_recomputation_are_told(capsys: Capture) -> None:
 def test_selective_recomputation_comes_before_full() -> None:
     cfg = load([*BILLION, "kernels.attention=reference"])
     asked = []
-    for total in (400.0, 90.0, 50.0, 30.0):
+    for total in (400.0, 90.0, 30.0, 20.0):
         *_, line = report(cfg, 1, HardwareConfig(name="x", memory_gib=total, margin_gib=0.0))
         asked.append(line.rpartition(": ")[2].split()[0])
     assert asked == ["train.recompute=none", "train.recompute=selective", "train.recompute=full", "none"]
@@ -118,7 +118,7 @@ def test_the_plan_expects_a_micro_batch_where_the_device_is_stated(capsys: Captu
     words = [*BILLION[:-1], "train.micro_batch=auto", "train.global_batch=64", "hardware=h200", "--world=2"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.startswith("train.micro_batch=auto: by the plan 16 of 1, 2, 4, 8, 16, 32; training tries\n")
+    assert out.startswith("train.micro_batch=auto: by the plan 32 of 1, 2, 4, 8, 16, 32; training tries\n")
     assert "global batch: 64 samples" in out
     assert main([*BILLION[:-1], "train.micro_batch=auto"]) == 2
     assert "[OCT390] train.micro_batch=auto" in capsys.readouterr().err
