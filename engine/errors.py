@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+_FEW = 8
+"""Names that are told whole beside the nearest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
@@ -62,7 +65,10 @@ class CheckpointError(EngineError):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """A phrase naming the closest known spellings of `name`, or all known names when none is close."""
+    """A phrase naming the closest known spellings of `name`, and all known names when they are few or none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.6)
-    return f"Nearest: {', '.join(close)}" if close else f"Known: {', '.join(known)}"
+    if not close:
+        return f"Known: {', '.join(known)}"
+    among = f", of {', '.join(known)}" if len(close) < len(known) <= _FEW else ""
+    return f"Nearest: {', '.join(close)}{among}"

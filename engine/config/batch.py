@@ -73,7 +73,10 @@ def batch_violations(cfg: Config, world_size: int) -> Iterator[Violation]:
     train, dp = cfg.train, replicas(cfg.parallel, world_size)
     if is_auto(cfg):
         rule = "it is found by trial before python -m engine.train starts its own ranks, and here a number is needed"
-        way_out = f"Use the number that {FIND} finds with the same options"
+        way_out = (
+            f"Use the number that {FIND} finds with the same options; "
+            "python -m engine.plan expects one where a preset states the device, as hardware=h200 does"
+        )
         yield Violation(code=390, option="train.micro_batch", value=AUTO, rule=rule, way_out=way_out)
     elif not is_number(cfg):
         rule, way_out = "expected an integer or auto", "Use train.micro_batch=1, or train.micro_batch=auto"

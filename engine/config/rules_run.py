@@ -17,14 +17,14 @@ def optim_violations(cfg: Config) -> list[Violation]:
     found = []
     steps, decay = cfg.train.steps, cfg.optim.decay_steps
     warmup = warmup_steps(cfg.optim, max(steps, 0))
-    if warmup > steps:
+    if warmup > steps > 0:  # No steps are refused themselves.
         found.append(
             Violation(
                 code=308,
                 option="optim.warmup_steps",
                 value=warmup,
                 rule=f"the warm-up is longer than the {steps} steps of train.steps",
-                way_out=f"Use optim.warmup_steps={max(steps, 0) // 10}, or train.steps={warmup} or more",
+                way_out=f"Use optim.warmup_steps={steps // 10}, or train.steps={warmup} or more",
             )
         )
     if decay is not None and decay <= warmup:

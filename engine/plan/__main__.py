@@ -33,10 +33,16 @@ The other words are those of training:
 def main(argv: list[str]) -> int:
     """Exit code: 0 the plan is on stdout, 2 refused (as training refuses, on stderr), 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m engine.plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--world", type=int)
-    parser.add_argument("--per-host", type=int, default=8)
+    parser.add_argument("--world", type=_ranks)
+    parser.add_argument("--per-host", type=_ranks, default=8)
     flags, words = parser.parse_known_args(argv)
     return entry.run(lambda: _plan(words, flags.world, flags.per_host), usage=_USAGE)
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of ranks, 1 or more")
+    return int(text)
 
 
 def _plan(words: list[str], world: int | None, per_host: int) -> int:
@@ -50,7 +56,7 @@ def _plan(words: list[str], world: int | None, per_host: int) -> int:
     stated = stated_bytes(cfg.hardware)
     if stated is not None and (said := settle_offload(cfg, world, budget_bytes(cfg.hardware, stated))):
         print(said)
-    for line in plan(cfg, Grid.from_config(parallel, world), max(1, min(per_host, world))):
+    for line in plan(cfg, Grid.from_config(parallel, world), min(per_host, world)):
         print(line)
     return 0
 

@@ -27,8 +27,9 @@ def tiny(*words: str) -> Config:
 
 def test_a_small_subset_agrees_with_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "parity.json"
-    # Fewer cases than --quick has, and half of the steps: these take longer than all other tests of a file.
-    code = main(["parity", "model=gpt_tiny", "train.device=cpu", "train.steps=5", "--cases", "12", "--json", str(out)])
+    # Fewer than --quick has: these cases take longer than all other tests of a file. In fewer steps than ten norms'
+    # weights move so little that the rounding of their storage shows.
+    code = main(["parity", "model=gpt_tiny", "train.device=cpu", "--cases", "12", "--json", str(out)])
     assert code == 0, capsys.readouterr().out
     rows = json.loads(out.read_text())["cases"]
     assert len(rows) == 12

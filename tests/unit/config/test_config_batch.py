@@ -62,6 +62,7 @@ def test_auto_is_a_word_until_it_is_found_and_commands_that_need_a_number_say_so
     assert found(cfg, 1) == (
         "[OCT390] train.micro_batch=auto: it is found by trial before python -m engine.train starts its own ranks, and "
         "here a number is needed. Use the number that python -m engine.tune micro_batch finds with the same options"
+        "; python -m engine.plan expects one where a preset states the device, as hardware=h200 does"
     )
 
 

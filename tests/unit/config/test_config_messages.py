@@ -74,7 +74,7 @@ ONE = [
         "experiment/off.yaml: expected one of auto, on, off",
         "need quotes",
     ),
-    ("model=tinny", 103, "model=tinny", "there is no model/tinny.yaml", "Nearest: tiny"),
+    ("model=tinny", 103, "model=tinny", "there is no model/tinny.yaml", "Nearest: tiny, of list, "),
     ("+model=tinny", 103, "model=tinny", "there is no model/tinny.yaml", "Nearest: tiny"),
     ("model=null", 103, "model=null", "there is no model/null.yaml", "Known: list"),
     ("model=model_schema", 103, "model=model_schema", "there is no model/model_schema.yaml", "Nearest: no_schema"),

@@ -20,6 +20,10 @@ def test_a_sound_config_breaks_no_rule() -> None:
     require(make(parallel__pp=2, parallel__tp=2, parallel__dp=2), 8)
 
 
+def test_a_run_without_steps_is_told_so_and_nothing_of_its_warm_up() -> None:
+    assert [violation.code for violation in check(make(train__steps=-1), 1)] == [301]
+
+
 # changes, world size, code, option=value, words of the rule, words of the way out
 CASES: list[tuple[dict[str, Any], int, int, str, str, str]] = [
     ({"parallel__pp": 0}, 1, 201, "parallel.pp=0", "a degree is at least 1", "Use parallel.pp=1"),

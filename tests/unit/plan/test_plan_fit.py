@@ -121,7 +121,9 @@ def test_the_plan_expects_a_micro_batch_where_the_device_is_stated(capsys: Captu
     assert out.startswith("train.micro_batch=auto: by the plan 32 of 1, 2, 4, 8, 16, 32; training tries\n")
     assert "global batch: 64 samples" in out
     assert main([*BILLION[:-1], "train.micro_batch=auto"]) == 2
-    assert "[OCT390] train.micro_batch=auto" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "[OCT390] train.micro_batch=auto" in err
+    assert "engine.plan expects one where a preset states the device, as hardware=h200 does" in err
 
 
 def test_hosts_of_a_stated_device_are_as_large_as_its_preset_says(capsys: Capture) -> None:

@@ -66,8 +66,13 @@ def test_refusals_are_those_of_training_all_at_once(capsys: Capture) -> None:
 def test_a_misspelt_option_and_a_world_without_ranks_are_refused(capsys: Capture) -> None:
     assert main(["model.num_layer=3"]) == 2
     assert "[OCT101] model.num_layer=3" in capsys.readouterr().err
-    assert main(["--world=0"]) == 2
-    assert "[OCT201] parallel.dp=0" in capsys.readouterr().err
+    for flag in ("--world", "--per-host"):
+        for value in ("0", "-3", "two"):
+            with pytest.raises(SystemExit) as caught:
+                main([f"{flag}={value}"])
+            assert caught.value.code == 2
+            told = f"argument {flag}: {value}: expected a number of ranks, 1 or more"
+            assert told in capsys.readouterr().err
 
 
 def test_help_names_its_own_flags_and_training_s_options(capsys: Capture) -> None:
