@@ -39,7 +39,8 @@ def test_without_a_study_it_lists_them(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_an_unknown_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["pairty"]) == 2
-    assert capsys.readouterr().err == "LaunchError:\n1. [OCT520] study=pairty: no such study. Nearest: parity\n"
+    told = "study=pairty: no such study. Nearest: parity, of network, parity, rank, timeline"
+    assert capsys.readouterr().err == f"LaunchError:\n1. [OCT520] {told}\n"
 
 
 class _OrderedError(BaseException):
